@@ -1,0 +1,39 @@
+# make demo | make test: each makes .venv and installs everything by itself.
+#
+# TORCH names the torch build, installed first and by exact version: a plain `torch` would take the newest build,
+# with several gigabytes of CUDA libraries even where there is no GPU. On a GPU box choose yours, with pip's own options:
+#   make test TORCH="torch==2.11.0 --index-url ADDRESS"
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint unit install lock clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python recipes/demo/run.py
+
+test: lint unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/pytest
+
+# The lock: what is installed now, torch aside (TORCH chooses it).
+lock: install
+	$(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-.*|cuda-.*)==' > constraints.txt
+
+clean:
+	rm -rf $(VENV) out

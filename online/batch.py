@@ -1,0 +1,126 @@
+"""A batch of rows as tensors, and the values that features take in it.
+
+Shapes: B rows, T padded tokens, N labelled tokens of the batch in row-major order, W width, K kept words.
+Rows are padded on the right to a bucket of their own length, so padding is a property of a row; a batch is as long as
+its longest bucket.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from store.features import FeatureKey
+
+BUCKET = 16
+"""Rows are padded to a multiple of this many tokens."""
+
+IGNORED = -100
+"""Token label of a token that is scored against nothing."""
+
+
+def bucket(length: int) -> int:
+    """Padded length of a row of ``length`` tokens."""
+    return -(-length // BUCKET) * BUCKET
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one source, on one device."""
+
+    rows: Tensor
+    """[B] int64: number of the row in its store."""
+    input_ids: Tensor
+    """[B, T] int64; padding holds the tokenizer's pad id."""
+    mask: Tensor
+    """[B, T] bool: True on tokens that are not padding."""
+    segments: Tensor | None
+    """[B, T] int64 token types, or None for models and rows without them."""
+    documents: Tensor | None
+    """[B, T] int64 number of the packed document inside its row (tokens see only their own), None where rows hold one."""
+    position_ids: Tensor | None
+    """[B, T] int64, restarting with each packed document; None where rows hold one document."""
+    token_labels: Tensor | None
+    """[B, T] int64 aligned to the logits that are scored (already shifted for causal rows), IGNORED elsewhere."""
+    row_labels: Tensor | None
+    """[B] int64 class, or float32 score; for choices 1 on the right row of a group, 0 on the others."""
+    groups: Tensor
+    """[B] int64: rows of one group carry the same number and stand together."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64 tokens that are not padding."""
+        return self.mask.sum(1)
+
+    @property
+    def labelled(self) -> Tensor:
+        """[B, T] bool: tokens that carry a label."""
+        if self.token_labels is None:
+            return torch.zeros_like(self.mask)
+        return self.token_labels != IGNORED
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        moved = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if value is None else value.to(device, non_blocking=True) for value in moved))
+
+
+class TopK(NamedTuple):
+    """The K likeliest words at each position and what is left for all others (key form ``topK``), fp32."""
+
+    ids: Tensor
+    """[..., K] int64 word ids, likeliest first."""
+    log_probs: Tensor
+    """[..., K] log-probabilities at temperature 1 under the whole vocabulary."""
+    log_tail: Tensor
+    """[...] logarithm of the mass of all other words; the lowest finite float32 where K is the vocabulary."""
+
+
+class Selected(NamedTuple):
+    """Logits of chosen words and of the true one (key form ``select``), fp32."""
+
+    ids: Tensor
+    """[n] int64 chosen word ids."""
+    logits: Tensor
+    """[..., n] their logits."""
+    true_logit: Tensor
+    """[...] logit of the position's label; NaN where it has none."""
+    log_sum_exp: Tensor
+    """[...] over the whole vocabulary."""
+
+
+Value = Tensor | TopK | Selected
+"""What a feature is in a batch. Leading dimensions by positions: ``all`` [B, T, W] with zeros on padding;
+``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W]. attention_scores and attention_probs are
+[B, heads, T, T]."""
+
+Features = dict[FeatureKey, Value]
+
+
+def dense(features: Features, key: FeatureKey) -> Tensor:
+    """The feature ``key`` as a tensor; the key must have no form."""
+    value = features[key]
+    assert isinstance(value, Tensor), key
+    return value
+
+
+def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
+    """Keep the tokens of ``value_BTW`` [B, T, W] that ``positions`` names: [B, T, W], [B, W] or [N, W].
+
+    The mean is taken in float32 and cast back.
+    """
+    if positions == "all":
+        return value_BTW * batch.mask[..., None]
+    if positions == "first":
+        first = batch.mask.int().argmax(1)
+        return value_BTW[torch.arange(len(first), device=first.device), first]
+    if positions == "last":
+        last = batch.mask.shape[1] - 1 - batch.mask.flip(1).int().argmax(1)
+        return value_BTW[torch.arange(len(last), device=last.device), last]
+    if positions == "mean":
+        total_BW = (value_BTW.float() * batch.mask[..., None]).sum(1)
+        return (total_BW / batch.lengths[:, None]).to(value_BTW.dtype)
+    if positions in ("masked", "labels"):
+        return value_BTW[batch.labelled]
+    raise ValueError(f"{positions!r} is no choice of tokens")

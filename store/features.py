@@ -1,0 +1,140 @@
+"""The words for features: where in a model (site), for which tokens (positions), in what form.
+
+``bert/hidden.6@all`` is the output of block 6 for every token of a row, as teacher pass ``bert`` answered it;
+``bert/lm_logits@labels:top64`` its 64 likeliest words, with their tail mass, at the tokens that carry a label.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from store.strict import Strict, did_you_mean
+
+SITES: dict[str, str] = {
+    "hidden": "output of block i; hidden.0 is the embedding output",
+    "final": "after the last norm",
+    "input": "the tensor that enters block i's query, key and value projections",
+    "query": "query projection output of block i, before rotary embedding and query norm",
+    "key": "key projection output of block i, before rotary embedding and key norm",
+    "value": "value projection output of block i",
+    "attention_scores": "scaled scores of block i after rotary embedding; masked pairs hold the lowest finite number",
+    "attention_probs": "attention probabilities of block i, before dropout",
+    "head_input": "the tensor that the language-model head multiplies",
+    "lm_logits": "word logits",
+    "task_logits": "task logits: per row (classification, choice) or per token (token classification)",
+}
+LAYERED = frozenset({"hidden", "input", "query", "key", "value", "attention_scores", "attention_probs"})
+
+POSITIONS: dict[str, str] = {
+    "all": "every token that is not padding, special tokens included",
+    "first": "the row's first token (BERT's [CLS])",
+    "last": "the row's last token that is not padding",
+    "mean": "the mean over the row's tokens",
+    "masked": "the tokens chosen for masked-language-model prediction",
+    "labels": "the tokens whose logits are scored against a label",
+    "row": "the row as a whole",
+}
+PER_ROW = frozenset({"first", "last", "mean", "row"})
+
+_KEY = re.compile(
+    r"(?:(?P<pass_name>[A-Za-z0-9][A-Za-z0-9_-]*)/)?(?P<site>[a-z_]+)(?:\.(?P<layer>\d+))?"
+    r"(?:@(?P<positions>[a-z]+))?(?::(?P<form>[a-z]+\d*))?"
+)
+_FORM = re.compile(r"top[1-9]\d*|select")
+
+
+@dataclass(frozen=True, order=True)
+class FeatureKey:
+    """Name of one tensor: ``pass/site.layer@positions:form``.
+
+    ``pass_name`` is empty for a student's feature and for a teacher's until the recipe names the pass. ``form`` is
+    empty for the values themselves; ``topK`` (word logits only) is the K likeliest words with their tail mass,
+    ``select`` the logits of chosen words and of the true one with the log-sum-exp of all.
+    """
+
+    site: str
+    layer: int | None = None
+    positions: str = "all"
+    form: str = ""
+    pass_name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise ValueError(f"unknown feature {self.site!r}{did_you_mean(self.site, sorted(SITES))}")
+        if (self.layer is None) == (self.site in LAYERED):
+            raise ValueError(
+                f"{self.site!r} needs a layer, as in {self.site}.1"
+                if self.site in LAYERED
+                else f"{self.site!r} has no layers, found {self.site}.{self.layer}"
+            )
+        if self.positions not in POSITIONS:
+            raise ValueError(f"unknown positions {self.positions!r}{did_you_mean(self.positions, sorted(POSITIONS))}")
+        if self.form and (not _FORM.fullmatch(self.form) or self.site != "lm_logits"):
+            raise ValueError(f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64) and select")
+
+    def __str__(self) -> str:
+        form = f":{self.form}" if self.form else ""
+        return f"{f'{self.pass_name}/' if self.pass_name else ''}{self.name}@{self.positions}{form}"
+
+    @property
+    def name(self) -> str:
+        """Site and layer: ``hidden.6``."""
+        return self.site if self.layer is None else f"{self.site}.{self.layer}"
+
+    @property
+    def per_row(self) -> bool:
+        """Whether a row holds one value instead of one for each of its tokens."""
+        return self.positions in PER_ROW
+
+    def of(self, pass_name: str) -> "FeatureKey":
+        """The same feature as answered by ``pass_name``."""
+        return replace(self, pass_name=pass_name)
+
+    def at(self, positions: str) -> "FeatureKey":
+        """The same site for other tokens."""
+        return replace(self, positions=positions)
+
+    @classmethod
+    def parse(cls, text: str) -> "FeatureKey":
+        """Read ``pass/site.layer@positions:form``; pass, positions (``row`` for task_logits, else ``all``) and form may be left out."""
+        match = _KEY.fullmatch(text)
+        if not match:
+            raise ValueError(f"expected a feature such as hidden.6@all, found {text!r}")
+        site, layer = match["site"], match["layer"]
+        default = "row" if site == "task_logits" else "all"
+        return cls(site, None if layer is None else int(layer), match["positions"] or default, match["form"] or "", match["pass_name"] or "")
+
+
+Dtype = Literal["float32", "float16", "bfloat16", "int32", "uint16", "uint8"]
+
+
+class ArraySpec(Strict):
+    """One array of a stored feature, [slots * slot_tokens, width]. ``name`` is empty where a feature has only one."""
+
+    name: str
+    dtype: Dtype
+    width: int
+
+
+class FeatureSpec(Strict):
+    """A feature as stored: its arrays, and the codec that turns them back into what was captured."""
+
+    key: str
+    codec: Literal["cast", "topk", "select"]
+    arrays: tuple[ArraySpec, ...]
+    ids: tuple[int, ...] = ()
+    """Vocabulary ids kept by ``select``, in order."""
+    error: float
+    """Declared bound of the codec's relative rounding error per element; 0 is exact."""
+
+    @property
+    def feature(self) -> FeatureKey:
+        return FeatureKey.parse(self.key)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Stored bytes for one token (one row where the key is per row), checksums left out."""
+        return sum(array.width * ITEM_BYTES[array.dtype] for array in self.arrays)
+
+
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint16": 2, "uint8": 1}

@@ -1,0 +1,122 @@
+"""Strict, frozen data: the base of recipes and manifests, and the one loader of YAML files.
+
+An unknown key is an error that offers the nearest known one: a misspelt option must not cost a day of training.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Strict(BaseModel):
+    """Immutable record; unknown keys are refused and field docstrings become the reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def load_yaml(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
+    """Read ``path`` as a ``model``, after setting each ``key.path=value`` override (value in YAML; list items by number).
+
+    Raises:
+        ValueError: the file is missing, is no YAML mapping, or does not fit the model.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no such recipe: {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"expected a YAML file, found a folder: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected a mapping of options, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse(model, tree, str(path))
+
+
+def parse(model: type[S], tree: object, where: str) -> S:
+    """Validate plain data as a ``model``; a ``ValueError`` lists every problem by its dotted path in ``where``."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(explain(error, model, where)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """One line for every problem of ``error``, with the nearest known key for each unknown one."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = sorted({name for parent in _models_at(model, problem["loc"][:-1]) for name in parent.model_fields})
+            lines.append(f"{where}: unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {path}: required, not given")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {path}: {message}, found {_short(problem['input'])}")
+    return "\n".join(lines)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The rest of a sentence about an unknown ``name``: the nearest of ``known``, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"expected key.path=value, found {override!r}")
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"{override!r}: {part!r} holds a value, not options")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: the value is not YAML") from None
+    node[_index(node, last, override) if isinstance(node, list) else last] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ValueError(f"{override!r}: expected an item from 0 to {len(items) - 1}, found {part!r}")
+    return int(part)
+
+
+def _models_at(annotation: object, path: Sequence[object]) -> Iterator[type[BaseModel]]:
+    """The models that ``path`` below ``annotation`` may stand for (several where a field is a union)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not path:
+            yield annotation
+        elif path[0] in annotation.model_fields:
+            yield from _models_at(annotation.model_fields[str(path[0])].annotation, path[1:])
+        elif path[0] == annotation.__name__:  # pydantic names the member of a union it tried
+            yield from _models_at(annotation, path[1:])
+        return
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _models_at(member, path)
+    elif origin is Annotated:
+        yield from _models_at(get_args(annotation)[0], path)
+    elif origin in (list, tuple, dict) and path:
+        for member in get_args(annotation):
+            yield from _models_at(member, path[1:])
