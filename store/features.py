@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pydantic import Field
+
 from store.strict import Strict, did_you_mean
 
 SITES: dict[str, str] = {
@@ -102,7 +104,9 @@ class FeatureKey:
             raise ValueError(f"expected a feature such as hidden.6@all, found {text!r}")
         site, layer = match["site"], match["layer"]
         default = "row" if site == "task_logits" else "all"
-        return cls(site, None if layer is None else int(layer), match["positions"] or default, match["form"] or "", match["pass_name"] or "")
+        return cls(
+            site, None if layer is None else int(layer), match["positions"] or default, match["form"] or "", match["pass_name"] or ""
+        )
 
 
 Dtype = Literal["float32", "float16", "bfloat16", "int32", "uint16", "uint8"]
@@ -113,7 +117,7 @@ class ArraySpec(Strict):
 
     name: str
     dtype: Dtype
-    width: int
+    width: int = Field(ge=1)
 
 
 class FeatureSpec(Strict):

@@ -3,16 +3,22 @@
 Which (shard, pass) is committed is not repeated here: the commit logs are the only record of it.
 """
 
+import json
+from pathlib import Path
 from typing import Literal
 
+from pydantic import JsonValue
+
+from store import layout
+from store.errors import StoreError
 from store.features import ArraySpec, FeatureSpec
 from store.shape import ModelShape, Wiring
-from store.strict import Strict
+from store.strict import Strict, parse
 
 SCHEMA = 1
 """Version of the layout on disk; any change of it bumps this number and gets a line in CHANGELOG.md."""
 
-Json = dict[str, "str | int | float | bool | None | list[Json] | Json"]
+Json = dict[str, JsonValue]
 
 
 class Provenance(Strict):
@@ -107,3 +113,57 @@ class Manifest(Strict):
     rows: RowsInfo
     passes: dict[str, PassInfo]
     made: Provenance
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the store in folder ``path``, checked.
+
+    Raises:
+        StoreError: there is no store, its rows are unfinished, or it is of another schema or makes no sense.
+    """
+    file = layout.manifest(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if layout.building(path).exists():
+            raise StoreError(f"the rows of {path} are unfinished; start its dump again") from None
+        found = "something else" if path.exists() else "nothing"
+        raise StoreError(f"expected a store at {path}, found {found}; make one with teacher-dump") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"cannot read {file}: {error}") from None
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise StoreError(f"{file} is damaged: {error}; remove the folder and start the dump again") from None
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if version != SCHEMA:
+        raise StoreError(f"{file}: expected schema version {SCHEMA}, found {version}; read it with the release that made it, or dump again")
+    try:
+        manifest = parse(Manifest, tree, str(file))
+        _check(manifest)
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types of the manifest do not say."""
+    rows = manifest.rows
+    sizes = {"rows": rows.rows, "slots": rows.slots, "slot_tokens": rows.slot_tokens, "copies": rows.copies}
+    if wrong := [name for name, size in sizes.items() if size < 1]:
+        raise ValueError(f"manifest: expected positive {wrong}")
+    if sum(part.rows for part in rows.parts) != rows.rows or sum(rows.splits.values()) != rows.rows:
+        raise ValueError("manifest: the numbers of rows contradict each other")
+    for array in rows.token_arrays:
+        layout.safe(array.name)
+        if array.width != 1 or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
+            raise ValueError(f"manifest: token array {array.name} needs a checksum for each of {rows.slots} slots")
+    for name, info in manifest.passes.items():
+        layout.pass_name(name)
+        for feature in info.features:
+            if feature.feature.pass_name:
+                raise ValueError(f"manifest: pass {name}: expected a key without a pass, found {feature.key}")
+            for array in feature.arrays:
+                layout.array_name(feature.feature, array.name)
+        for static in info.statics:
+            layout.safe(static.name)

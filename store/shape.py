@@ -54,6 +54,8 @@ class Wiring(Strict):
     norm: Literal["layer", "rms", "rms_one"] | None = None
     """Norm of pre-norm blocks and the final norm; ``rms_one`` multiplies by 1 + weight (Gemma)."""
     norm_eps: float = 0.0
+    first_norm: bool = True
+    """Whether the first pre-norm block has a norm in front of its projections (ModernBERT's has none)."""
     attention_scale: tuple[float, ...] = ()
     """Per block, multiplies query * key."""
     score_cap: float | None = None
@@ -63,6 +65,8 @@ class Wiring(Strict):
     rotary: bool = False
     rotary_scaling: float = 1.0
     """Multiplies cosine and sine (YaRN)."""
+    rotary_by_length: bool = False
+    """Whether frequencies change with the length of the input (dynamic, LongRoPE): attention then cannot be derived."""
     head_activation: str | None = None
     """Activation of the masked-LM head's transform (dense, activation, layer norm); None where there is no transform."""
     head_norm_eps: float = 0.0

@@ -1,12 +1,14 @@
 """The recipe of a training run: phases, each with data, a teacher or none, a student start, and weighted methods."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from online.models import ModelSpec
-from store.strict import Strict
+from store.shape import Head
+from store.strict import Strict, did_you_mean
 
 
 class DataSpec(Strict):
@@ -25,17 +27,41 @@ class StudentSpec(Strict):
 
     model: ModelSpec | None = None
     """A Hugging Face folder, as it is."""
-    layers: tuple[int, ...] | None = None
-    """Teacher blocks counted from 1, with embeddings and head, in this order."""
+    layers: tuple[int, ...] | str | None = None
+    """Teacher blocks counted from 1, in this order, with embeddings, norms and head; ``first 3`` is [1, 2, 3],
+    ``every 2`` of six blocks is [2, 4, 6]."""
     source: Path | None = None
     """Folder whose blocks ``layers`` or whose configuration ``random`` takes; by default what the store's pass ships."""
     phase: str | None = None
     """Output of an earlier phase of this recipe."""
     random: dict[str, int | float | str | bool] | None = None
     """Random weights; changes to the source's configuration, such as {num_hidden_layers: 3}."""
-    head: str | None = None
-    """Head of the student (store.shape.Head); the teacher's by default."""
+    head: Head | None = None
+    """Head of the student; the source's by default. A head that the source lacks starts from random weights."""
+    labels: int | None = Field(default=None, ge=1)
+    """Outputs of a task head; the source's by default, or the classes of the store's labels where the head is new."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("layers")
+    @classmethod
+    def _known_choice(cls, value: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+        if isinstance(value, str) and not re.fullmatch(r"(first|every) [1-9]\d*", value):
+            raise ValueError("expected a list of blocks such as [1, 2, 3], 'first 3' or 'every 2'")
+        if value == ():
+            raise ValueError("expected at least one block")
+        return value
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StudentSpec":
+        starts = ("model", "layers", "phase", "random")
+        given = [name for name in starts if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(starts)}; given: {', '.join(given) or 'none'}")
+        if self.source is not None and given[0] not in ("layers", "random"):
+            raise ValueError(f"source goes with layers or random, not with {given[0]}")
+        if self.model is not None and (self.head, self.labels) != (None, None):
+            raise ValueError("head and labels of a folder are given inside model")
+        return self
 
 
 class MethodSpec(Strict):
@@ -49,7 +75,7 @@ class MethodSpec(Strict):
 class PhaseSpec(Strict):
     """One stretch of training in one process, ending in a plain Hugging Face folder."""
 
-    name: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9_-]*")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     student: StudentSpec
     data: tuple[DataSpec, ...] = Field(min_length=1)
     teacher: Literal["store", "none"] = "store"
@@ -72,10 +98,44 @@ class PhaseSpec(Strict):
     trainer: dict[str, object] = Field(default_factory=dict)
     """Further arguments of transformers.TrainingArguments, such as learning_rate."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "PhaseSpec":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"phase {self.name!r}: expected one of steps and epochs; given: {'none' if self.steps is None else 'both'}")
+        if self.metrics and not self.evaluate:
+            raise ValueError(f"phase {self.name!r}: metrics need data to measure on: give evaluate")
+        if self.best is not None and not self.evaluate:
+            raise ValueError(f"phase {self.name!r}: best needs evaluate")
+        if self.patience is not None and self.best is None:
+            raise ValueError(f"phase {self.name!r}: patience needs best, the metric to watch")
+        if self.teacher == "store" and not any(data.pass_name for data in self.data):
+            raise ValueError(f"phase {self.name!r} learns from a teacher: give its data a pass_name, or the phase 'teacher: none'")
+        return self
+
 
 class TrainRecipe(Strict):
     """A whole run."""
 
     output: Path
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     phases: tuple[PhaseSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _phases_in_order(self) -> "TrainRecipe":
+        earlier: list[str] = []
+        for phase in self.phases:
+            if phase.name in earlier:
+                raise ValueError(f"two phases are named {phase.name!r}: give each its own name")
+            start = phase.student.phase
+            if start is not None and start not in earlier:
+                known = did_you_mean(start, earlier) if earlier else ": it is the first"
+                raise ValueError(f"phase {phase.name!r} starts from {start!r}, which is no earlier phase{known}")
+            earlier.append(phase.name)
+        return self
+
+    def phase(self, name: str) -> PhaseSpec:
+        """The phase called ``name``."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise ValueError(f"the recipe has no phase {name!r}{did_you_mean(name, [phase.name for phase in self.phases])}")

@@ -1,14 +1,16 @@
 """The recipe of a dump: which teacher answers what, over which rows, into which store."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field, field_validator
 
 from online.models import ModelSpec
 from online.rows import RowsSpec
-from store.features import FeatureKey
-from store.strict import Strict
+from store import layout
+from store.strict import Strict, load_yaml
 
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -35,11 +37,14 @@ class DumpRecipe(Strict):
     """Name of this teacher's answers in the store."""
     teacher: ModelSpec
     rows: RowsSpec
-    features: tuple[FeatureRequest, ...] = Field(min_length=1)
+    features: tuple[FeatureRequest, ...] = ()
+    """What students will ask for; `student-train needs` prints it. The smallest set that covers it is stored."""
     dtype: StoreDtype = "float32"
     """Stored type of all features; float32 is exact, 16 bits are a printed rounding error."""
     batch_tokens: int = Field(default=4096, ge=16)
     """Padded tokens of one teacher batch."""
+    device: str | None = None
+    """Where the teacher runs, such as cpu or cuda:1; by default the first GPU if there is one."""
     ship_layers: Literal["all"] | tuple[int, ...] = ()
     """Teacher blocks (from 1) whose weights the store carries, with embeddings and head, to initialise students from."""
 
@@ -47,3 +52,25 @@ class DumpRecipe(Strict):
     @classmethod
     def _bare_keys(cls, value: object) -> object:
         return [{"key": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @field_validator("pass_name")
+    @classmethod
+    def _allowed(cls, value: str) -> str:
+        return layout.pass_name(value)
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                kind = torch.device(value).type
+            except RuntimeError:
+                raise ValueError("expected a device such as cpu, cuda or cuda:1") from None
+            if kind == "cuda" and not torch.cuda.is_available():
+                raise ValueError("this machine has no GPU that torch can use; expected cpu")
+        return value
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> DumpRecipe:
+    """Read a recipe; raises ValueError for a missing file, an unknown key or a wrong value."""
+    return load_yaml(DumpRecipe, path, overrides)

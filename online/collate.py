@@ -1,0 +1,95 @@
+"""Rows as a batch. B rows, T padded tokens; packed arrays hold the tokens of all rows one after the other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from online.batch import IGNORED, Batch, bucket
+from store.manifest import Task
+from store.reader import Store
+from store.rows import Row
+
+Ints = NDArray[np.int64]
+ARRAYS = ("input_ids", "segments", "documents", "token_labels")
+
+
+def collate(store: Store, rows: Ints) -> Batch:
+    """The ``rows`` [B] of a store, in this order, padded on the right to the longest bucket among them.
+
+    Raises:
+        CorruptShard: a file of the rows is damaged.
+    """
+    info, table = store.manifest.rows, store.rows
+    packed = {array.name: store.tokens(array.name, rows) for array in info.token_arrays}
+    return _batch(rows, packed, table.length[rows], table.label[rows], table.group[rows], info.objective, info.task, info.pad_id)
+
+
+def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -> Batch:
+    """The same for rows that are in no store yet; they are numbered from 0."""
+    packed = {name: np.concatenate([getattr(row, name) for row in rows]) for name in ARRAYS if getattr(rows[0], name) is not None}
+    lengths = np.array([len(row.input_ids) for row in rows])
+    labels = np.array([np.nan if row.label is None else row.label for row in rows])
+    return _batch(np.arange(len(rows)), packed, lengths, labels, np.array([row.group for row in rows]), objective, task, pad_id)
+
+
+def _batch(
+    rows: Ints,
+    packed: Mapping[str, NDArray[Any]],
+    lengths: Ints,
+    labels: NDArray[np.float64],
+    groups: Ints,
+    objective: str,
+    task: Task,
+    pad_id: int,
+) -> Batch:
+    mask_BT = np.arange(bucket(int(lengths.max()))) < lengths[:, None]
+
+    def padded(values: NDArray[Any] | None, fill: int) -> Tensor | None:
+        if values is None:
+            return None
+        values_BT = np.full(mask_BT.shape, fill, np.int64)
+        values_BT[mask_BT] = values
+        return torch.from_numpy(values_BT)
+
+    documents, token_labels = packed.get("documents"), packed.get("token_labels")
+    starts = _starts(lengths, documents)
+    if objective == "causal":
+        token_labels = np.append(packed["input_ids"][1:], IGNORED)
+        token_labels[np.append(starts[1:], len(token_labels)) - 1] = IGNORED
+    input_ids = padded(packed["input_ids"], pad_id)
+    assert input_ids is not None
+    return Batch(
+        rows=torch.from_numpy(np.asarray(rows, np.int64)),
+        input_ids=input_ids,
+        mask=torch.from_numpy(mask_BT),
+        segments=padded(packed.get("segments"), 0),
+        documents=padded(documents, 0),
+        position_ids=None if documents is None else padded(_within(starts, len(documents)), 0),
+        token_labels=padded(token_labels, IGNORED),
+        row_labels=_row_labels(labels, task),
+        groups=torch.from_numpy(np.asarray(groups, np.int64)),
+    )
+
+
+def _starts(lengths: Ints, documents: NDArray[Any] | None) -> Ints:
+    """Where a row, or a document inside one, begins in packed tokens."""
+    begins = np.zeros(int(lengths.sum()), bool)
+    begins[np.cumsum(lengths) - lengths] = True
+    if documents is not None:
+        begins[1:] |= documents[1:] != documents[:-1]
+    return np.flatnonzero(begins)
+
+
+def _within(starts: Ints, tokens: int) -> Ints:
+    """Number of each packed token inside its document."""
+    return np.arange(tokens) - np.repeat(starts, np.diff(starts, append=tokens))
+
+
+def _row_labels(labels: NDArray[np.float64], task: Task) -> Tensor | None:
+    if task.kind in ("none", "token") or np.isnan(labels).all():
+        return None
+    return torch.from_numpy(labels.astype(np.float32 if task.kind == "regression" else np.int64))

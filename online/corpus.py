@@ -1,0 +1,217 @@
+"""Text and labels as they lie on disk: a stream of records in a fixed order, larger than memory.
+
+Files of a folder or glob are read sorted by path, records in file order; only the columns that are needed are read. What
+rows depend on is a record's content and its place in the whole corpus, never how the corpus is cut into files or batches.
+"""
+
+import glob
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.dataset as ds
+import pyarrow.fs
+import pyarrow.json
+from pydantic import Field, field_validator
+
+from store.strict import Strict, did_you_mean
+
+Format = Literal["parquet", "json", "csv", "arrow", "text"]
+FORMATS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+}
+_COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
+_BLOCK = 16 << 20  # bytes; a JSON record or CSV line may be this long
+_LOCAL = pyarrow.fs.LocalFileSystem()
+
+
+class SourceSpec(Strict):
+    """Files that are read one after the other."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """Files, folders (with their subfolders) and globs."""
+    split: Literal["train", "dev", "test"] = "train"
+    format: Format | None = None
+    """By suffix where not stated: .parquet; .jsonl, .ndjson, .json (one object a line); .csv (with a header); .arrow, .feather;
+    .txt, whose only column is ``text``."""
+    documents: Literal["line", "blank_line", "file"] = "line"
+    """What is one record of plain text: a line, a stretch between blank lines, or a file."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only this many records."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of the corpus."""
+
+    source: str
+    """File it came from."""
+    number: int
+    """Its number in that file, counted from 0."""
+    ordinal: int
+    """Its number in the whole corpus: what masks and held-out splits are drawn from."""
+    split: str
+    values: dict[str, object]
+    """Column -> value."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.source}, record {self.number} (counted from 0)"
+
+
+def read_records(
+    sources: Sequence[SourceSpec], columns: Sequence[str], *, digest: Callable[[bytes], object] | None = None, read_rows: int = 1024
+) -> Iterator[Record]:
+    """All records of ``sources`` in order, with the values of ``columns``.
+
+    Args:
+        digest: called with bytes that depend on content alone (splits, and the columns' values in order), for a fingerprint.
+        read_rows: records read at once; the outcome does not depend on it.
+
+    Raises:
+        ValueError: a missing file or column, or a file that is not what its format says.
+    """
+    names = sorted(set(columns))
+    ordinal = 0
+    for source in sources:
+        if digest is not None:
+            digest(f"source {source.split}\n".encode())
+        left = source.limit
+        for file, format_ in list_files(source):
+            if left == 0:
+                break
+            number = 0
+            rows = _read_file(file, format_, source.documents, names, min(read_rows, left or read_rows))
+            for values in itertools.islice(rows, left):
+                if digest is not None:
+                    digest((json.dumps(values, ensure_ascii=False, default=str) + "\n").encode("utf-8", "surrogatepass"))
+                yield Record(str(file), number, ordinal, source.split, dict(zip(names, values, strict=True)))
+                number += 1
+                ordinal += 1
+            left = None if left is None else left - number
+
+
+def list_files(source: SourceSpec) -> Iterator[tuple[Path, Format]]:
+    """Every file of ``source`` in reading order, with its format."""
+    for entry in source.files:
+        path = Path(entry)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and _suffix_format(file) in _wanted(source.format))
+            if not found:
+                raise ValueError(f"{entry}: a folder without {source.format or 'corpus'} files; known suffixes: {', '.join(FORMATS)}")
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())  # noqa: PTH207 (absolute globs)
+        if not found:
+            near = did_you_mean(path.name, sorted(file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
+            raise ValueError(f"no such file, folder or glob: {entry}{near}")
+        for file in found:
+            format_ = source.format or _suffix_format(file)
+            if format_ is None:
+                raise ValueError(f"{file}: unknown suffix; state the format ({', '.join(dict.fromkeys(FORMATS.values()))})")
+            yield file, format_
+
+
+def _wanted(stated: Format | None) -> set[Format]:
+    return {stated} if stated else set(FORMATS.values())
+
+
+def _suffix_format(file: Path) -> Format | None:
+    suffixes = [suffix for suffix in file.suffixes[-2:] if suffix not in _COMPRESSED]
+    return FORMATS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _read_file(file: Path, format_: Format, documents: str, names: list[str], read_rows: int) -> Iterator[tuple[object, ...]]:
+    """The values of columns ``names`` of each record."""
+    try:
+        if format_ == "text":
+            _check_columns(file, names, ["text"])
+            with io.TextIOWrapper(pa.input_stream(str(file)), encoding="utf-8-sig") as lines:
+                yield from ((document,) for document in _documents(lines, documents))
+            return
+        for batch in _batches(file, format_, names, read_rows):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable as {format_}: {error}") from None
+
+
+def _documents(lines: io.TextIOWrapper, documents: str) -> Iterator[str]:
+    if documents == "file":
+        yield lines.read()
+    elif documents == "line":
+        yield from (line.removesuffix("\n") for line in lines)
+    else:
+        document: list[str] = []
+        for line in lines:
+            if line.strip():
+                document.append(line)
+            elif document:
+                yield "".join(document).removesuffix("\n")
+                document = []
+        if document:
+            yield "".join(document).removesuffix("\n")
+
+
+def _batches(file: Path, format_: Format, names: list[str], read_rows: int) -> Iterator[pa.RecordBatch]:
+    if format_ == "arrow" and not _has_arrow_footer(file):
+        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+            _check_columns(file, names, stream.schema.names)
+            for batch in stream:
+                yield from (batch.select(names).slice(start, read_rows) for start in range(0, batch.num_rows, read_rows))
+        return
+    data = _dataset(file, format_, names)
+    _check_columns(file, names, data.schema.names)
+    yield from data.to_batches(columns=names, batch_size=read_rows, batch_readahead=2, fragment_readahead=1)
+
+
+def _has_arrow_footer(file: Path) -> bool:
+    """Whether an Arrow file has the random-access layout; ``datasets`` writes the streaming one."""
+    with file.open("rb") as opened:
+        return opened.read(6) == b"ARROW1"
+
+
+def _dataset(file: Path, format_: Format, names: list[str]) -> ds.Dataset:
+    """``file`` with types that do not depend on what the values look like (as far as its format allows)."""
+    if format_ == "csv":
+        # "007" and "NA" are text; consumers parse what should be numbers
+        convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
+        read, parse = pyarrow.csv.ReadOptions(block_size=_BLOCK), pyarrow.csv.ParseOptions(newlines_in_values=True)
+        layout = ds.CsvFileFormat(parse_options=parse, convert_options=convert, read_options=read)
+        return ds.dataset([str(file)], format=layout, filesystem=_LOCAL)
+    if format_ == "json":
+        layout = ds.JsonFileFormat(read_options=pyarrow.json.ReadOptions(block_size=_BLOCK))
+        data = ds.dataset([str(file)], format=layout, filesystem=_LOCAL)
+        return data.replace_schema(pa.schema([field.with_type(_undated(field.type)) for field in data.schema]))
+    return ds.dataset([str(file)], format="ipc" if format_ == "arrow" else "parquet", filesystem=_LOCAL)
+
+
+def _undated(type_: pa.DataType) -> pa.DataType:
+    """Text where the JSON reader guessed a date from the first values, or saw none."""
+    if pa.types.is_list(type_):
+        return pa.list_(_undated(type_.value_type))
+    return pa.string() if pa.types.is_timestamp(type_) or pa.types.is_null(type_) else type_
+
+
+def _check_columns(file: Path, names: list[str], found: list[str]) -> None:
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{file} has no column {name!r}{did_you_mean(name, found)}")

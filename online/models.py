@@ -1,0 +1,349 @@
+"""Load a Hugging Face folder, say what shape it has, and run it on a batch.
+
+Shapes: B rows, T padded tokens.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ModelOutput, logging
+
+from online.batch import Batch
+from online.families import FAMILIES, Family, read_wiring, submodule, typed_windows
+from online.fingerprints import weights_fingerprint
+from online.masks import document_masks, token_positions
+from store.shape import Head, ModelShape, Wiring
+from store.strict import Strict, did_you_mean
+
+HEADS: dict[Head, type] = {
+    "base": AutoModel,
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "multiple_choice": AutoModelForMultipleChoice,
+}
+LM_HEADS = ("masked_lm", "causal_lm")
+
+
+class CustomModules(Strict):
+    """Where an architecture without an entry in online.families keeps its blocks; serves hidden, final and logits."""
+
+    block: str = Field(pattern=r"\{i\}")
+    """Path of block i from the whole model, with ``{i}`` counted from 0: ``transformer.blocks.{i}``."""
+    layers: int = Field(ge=1)
+    width: int = Field(ge=1)
+    """Elements of a hidden state."""
+    final_norm: str | None = None
+    """Norm after the last block."""
+    head: str | None = None
+    """Linear language-model head; transformers' output embeddings by default."""
+
+
+class ModelSpec(Strict):
+    """A model on disk and how to run it."""
+
+    model: Path
+    """Hugging Face folder: config.json and safetensors weights."""
+    head: Head
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; the model's own by default."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder."""
+    labels: int | None = Field(default=None, ge=1)
+    """Outputs of the task head; the folder's by default."""
+    new_head: bool = False
+    """Start with a random head where the folder holds none that fits (for fine-tuning); otherwise that is an error."""
+    modules: CustomModules | None = None
+    """Module paths of an architecture that TeacherCache does not know."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that is needed to read features from it."""
+
+    model: PreTrainedModel
+    shape: ModelShape
+    wiring: Wiring
+    family: Family
+    tokenizer: PreTrainedTokenizerBase | None = None
+    custom: CustomModules | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        head: Head,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        custom: CustomModules | None = None,
+    ) -> "LoadedModel":
+        """Describe a model that is already in memory; its mode (train or eval) stays as it is.
+
+        Raises:
+            ValueError: an unknown family, a head that the family lacks, or a module path that the model lacks.
+        """
+        shape = model_shape(model.config, head, custom)
+        family = FAMILIES[shape.family] if custom is None else Family(custom.block, (), (head,), final_norm=custom.final_norm)
+        loaded = cls(model, shape, read_wiring(model, family, shape), family, tokenizer, custom)
+        for layer in range(1, shape.layers + 1):
+            loaded.block(layer)
+        return loaded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights and of the configuration that shapes the computation."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def body(self) -> nn.Module:
+        """Where paths of blocks start: the base model, or the whole model for ``custom``."""
+        return self.model if self.custom is not None else self.model.base_model
+
+    def block(self, layer: int) -> nn.Module:
+        """Block ``layer``, counted from 1."""
+        return submodule(self.body, self.family.block.format(i=layer - 1))
+
+    @property
+    def word_head(self) -> nn.Module | None:
+        """The linear layer that yields word logits, or None."""
+        if self.shape.head not in LM_HEADS:
+            return None
+        if self.custom is not None and self.custom.head is not None:
+            return submodule(self.model, self.custom.head)
+        head = self.model.get_output_embeddings()
+        assert head is None or isinstance(head, nn.Module)
+        return head
+
+
+def load_model(spec: ModelSpec, *, attention: str = "sdpa") -> LoadedModel:
+    """Load ``spec`` from disk, in eval mode, on the CPU; never from the network.
+
+    Args:
+        attention: transformers' attention implementation; models whose scores are soft-capped always take ``eager``.
+
+    Raises:
+        ValueError: the folder is missing, is no model folder, holds an encoder-decoder, an unknown family without
+            ``modules``, or lacks weights that the head needs.
+    """
+    config = load_config(spec.model, spec.trust_remote_code)
+    shape = model_shape(config, spec.head, spec.modules)
+    if spec.labels is not None and spec.head not in ("classification", "token_classification"):
+        raise ValueError(f"labels: the head {spec.head} has no number of labels to choose")
+    if spec.labels is not None and spec.labels != shape.labels:
+        if not spec.new_head:
+            raise ValueError(f"{spec.model} has {shape.labels} labels, expected {spec.labels}; new_head: true starts a new head")
+        config.num_labels = spec.labels
+    family = FAMILIES.get(shape.family)
+    with _quiet():
+        try:
+            model, report = HEADS[spec.head].from_pretrained(  # type: ignore[attr-defined]
+                str(spec.model),
+                config=config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation="eager" if family is not None and family.score_cap else attention,
+                trust_remote_code=spec.trust_remote_code,
+                ignore_mismatched_sizes=spec.new_head,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+            raise ValueError(f"{spec.model} cannot be loaded with the head {spec.head}: {_first_line(error)}") from error
+    _refuse_random_weights(spec, model, report)
+    has_tokenizer = any((spec.model / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    tokenizer = load_tokenizer(spec) if spec.tokenizer is not None or has_tokenizer else None
+    if model.config.pad_token_id is None and spec.head == "classification":
+        # transformers refuses batches without one; which token answers for a row is read from the mask all the same
+        model.config.pad_token_id = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ValueError: no such folder, no readable config.json, or an encoder-decoder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"expected a Hugging Face model folder, found {'a file' if folder.exists() else 'nothing'} at {folder}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder ({config.model_type}); only encoders and decoders can be distilled")
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``spec``.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    folder = spec.tokenizer or spec.model
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder with a tokenizer, found {'a file' if folder.exists() else 'nothing'} at {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def model_shape(config: PreTrainedConfig, head: Head, custom: CustomModules | None = None) -> ModelShape:
+    """The shape of a model from its configuration alone.
+
+    Raises:
+        ValueError: an unknown family, a head that the family lacks, or a variant whose attention is not understood.
+    """
+    labels = {"multiple_choice": 1, "classification": config.num_labels, "token_classification": config.num_labels}.get(head, 0)
+    vocab = getattr(config, "vocab_size", 0)
+    if custom is not None:
+        return ModelShape(
+            family="custom", head=head, layers=custom.layers, width=custom.width, heads=0, kv_heads=0, head_width=0, vocab=vocab,
+            labels=labels, causal=head == "causal_lm", pre_norm=False, windows=(None,) * custom.layers, attends=False,
+        )  # fmt: skip
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"unknown model family {config.model_type!r}{did_you_mean(config.model_type, sorted(FAMILIES))}; known are "
+            f"{', '.join(sorted(FAMILIES))}; for others give the module paths (modules: block, layers, width)"
+        )
+    if head not in family.heads:
+        raise ValueError(f"{config.model_type} has no head {head!r}; expected one of {', '.join(family.heads)}")
+    if getattr(config, "is_decoder", False) and not family.causal:
+        raise ValueError(f"{config.model_type} with is_decoder is not supported")
+    bidirectional = bool(getattr(config, "use_bidirectional_attention", False)) or not getattr(config, "is_causal", True)
+    if family.causal and bidirectional and not family.may_be_bidirectional:
+        raise ValueError(f"{config.model_type} with bidirectional attention is not supported")
+    heads = config.num_attention_heads
+    return ModelShape(
+        family=config.model_type,
+        head=head,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab=vocab,
+        labels=labels,
+        causal=family.causal and not bidirectional,
+        pre_norm=family.norm is not None,
+        windows=family.windows(config),
+    )
+
+
+def check_length(loaded: LoadedModel, tokens: int) -> None:
+    """Refuse rows longer than the model's positions; ``tokens`` is the longest row.
+
+    Raises:
+        ValueError: the model takes fewer tokens.
+    """
+    config = loaded.model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and loaded.family.positions_after_padding:
+        limit -= config.pad_token_id + 1
+    if limit is not None and tokens > limit:
+        raise ValueError(f"{loaded.shape.family} takes rows of up to {limit} tokens, found {tokens}; build shorter rows")
+
+
+def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
+    """Run the model on ``batch``: transformers' output, with logits [B, 1] where the head is multiple_choice.
+
+    Positions count a document's own tokens, so they depend neither on the side nor on the length of padding. Packed
+    documents see only themselves.
+
+    Raises:
+        ValueError: packed documents for a head that answers for whole rows, or for a custom architecture.
+    """
+    model, family, custom = loaded.model, loaded.family, loaded.custom is not None
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    takes_segments = "token_type_ids" in accepted if custom else family.segments
+    if batch.segments is not None and takes_segments and getattr(model.config, "type_vocab_size", 2) > 1:
+        inputs["token_type_ids"] = batch.segments
+    if not custom:
+        inputs["position_ids"] = _positions(loaded, batch)
+    if batch.documents is not None:
+        if custom or loaded.shape.head in ("classification", "multiple_choice"):
+            raise ValueError(f"packed documents need a head that answers for tokens of a known family, found {loaded.shape.head}")
+        kinds = model.config.layer_types if family.windows is typed_windows else None
+        additive = model.dtype if model.config._attn_implementation == "eager" else None
+        inputs["attention_mask"] = document_masks(batch, loaded.shape, kinds, additive)
+    if loaded.shape.head == "multiple_choice":  # a row is one choice: [B, 1, T]; position ids are not unfolded by every family
+        for name in inputs.keys() & {"input_ids", "attention_mask", "token_type_ids"}:
+            inputs[name] = inputs[name].unsqueeze(1)
+    output = model(**inputs)
+    assert isinstance(output, ModelOutput)
+    return output
+
+
+def _positions(loaded: LoadedModel, batch: Batch) -> Tensor:
+    positions_BT = token_positions(batch)
+    if not loaded.family.positions_after_padding:
+        return positions_BT
+    padding = loaded.model.config.pad_token_id
+    return torch.where(batch.mask, positions_BT + padding + 1, padding)
+
+
+def _refuse_random_weights(spec: ModelSpec, model: PreTrainedModel, report: dict[str, set[str]]) -> None:
+    """Weights that the folder lacks were drawn at random: allowed in a new head alone."""
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    missing = set(report["missing_keys"]) | mismatched
+    if spec.head == "base" and missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # no feature reads it, and a random one must not be exported
+        return
+    prefix = f"{model.base_model_prefix}."
+    body = {name for name in missing if spec.head == "base" or (name.startswith(prefix) and not name.startswith(f"{prefix}pooler."))}
+    if body:
+        raise ValueError(f"{spec.model} lacks weights of the model itself, such as {min(body)} ({len(body)} in all)")
+    if missing and not spec.new_head:
+        raise ValueError(f"{spec.model} has no {spec.head} head that fits: it lacks {min(missing)}; new_head: true starts a new head")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading reports: what matters in them is an error here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

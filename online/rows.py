@@ -1,0 +1,273 @@
+"""Rows from text: how they are built (RowsSpec), one after the other (iter_groups), and into a new store (build_rows).
+
+Everything a teacher's answer depends on is fixed here. The same specification, corpus and tokenizer give the same rows bit for
+bit, however the corpus is cut into files or batches. The corpus is read once for each masking copy and never held in memory.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from online.batch import BUCKET
+from online.corpus import Record, SourceSpec, read_records
+from online.drafts import Draft
+from online.examples import examples
+from online.fingerprints import tokenizer_fingerprint
+from online.labels import LabelSpec
+from online.masking import Ids, mask_tokens
+from online.packing import documents
+from online.spans import SpanSpec
+from online.templates import Template
+from store.building import RowWriter
+from store.manifest import Provenance, RowsInfo, Task
+from store.rows import Row
+from store.shards import CHUNK
+from store.strict import Strict
+
+BUILDING = 1
+"""Version of row building; any change that alters rows bumps it."""
+
+
+class RowsSpec(Strict):
+    """How text becomes rows."""
+
+    sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    text: tuple[str, ...] = ("{text}",)
+    """Templates over columns, such as "{question}". The first is the row's first segment; all others are the second, joined by the
+    tokenizer's separator token (or its end-of-text token, or a line break)."""
+    choices: tuple[str, ...] = ()
+    """One template for each choice; each makes a row of one group, with the choice at the end of the second segment."""
+    label: LabelSpec | None = None
+    """The label of a record; for choices the number of the right one."""
+    group: str | None = None
+    """Column; consecutive records of one source with one value are read together (MultiRC: the question)."""
+    spans: tuple[SpanSpec, ...] = ()
+    """Marked stretches of text that metrics need."""
+    max_length: int = Field(default=128, ge=2)
+    """Longest row in tokens, special tokens included."""
+    long: Literal["truncate", "split", "pack"] = "truncate"
+    """truncate: tokens go from the end of the longer segment, one by one; split: a document becomes several rows; pack: documents
+    follow one another in rows of max_length tokens, each seeing only itself."""
+    empty: Literal["error", "skip"] = "error"
+    """What happens to records whose text is nothing but white space."""
+    objective: Literal["plain", "mlm", "causal"] = "plain"
+    """mlm: chosen tokens are hidden and labelled with the original; causal: each token is labelled with the next one, and documents end
+    with the end-of-text token where there is room; plain: neither."""
+    mask_probability: float = Field(default=0.15, gt=0, le=1)
+    """Chance of a token to be chosen for mlm; of the chosen 80 % are masked, 10 % replaced, 10 % kept. Every row has at least one."""
+    copies: int = Field(default=1, ge=1, le=1000)
+    """Different maskings of each training text; epoch e reads copy e mod copies. Other splits have one."""
+    hold_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training records (with a group column: of the groups) that become split dev, chosen by a hash of their number."""
+    slot_tokens: int = Field(default=32768, ge=CHUNK, multiple_of=CHUNK)
+    """Tokens of a shard, the unit in which a dump is committed."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of the masks."""
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_template(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("text", "choices")
+    @classmethod
+    def _templates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for template in value:
+            Template(template)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for wrong, problem in self._problems():
+            if wrong:
+                raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[tuple[bool, str]]:
+        fields = [name for template in self.text for name in Template(template).fields]
+        yield not fields, "text: expected a column name between braces, such as {text}"
+        whole = len(self.text) == 1 and not (self.choices or self.label or self.group or self.spans)
+        yield self.long != "truncate" and not whole, f"long: {self.long} takes one text template and no choices, label, group or spans"
+        yield self.long == "pack" and self.max_length > 1 << 16, "long: pack takes a max_length up to 65536"
+        yield (
+            self.objective == "causal" and (len(self.text) > 1 or bool(self.choices)),
+            "objective: causal takes one text template and no choices",
+        )
+        yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
+        yield len(self.choices) == 1, "choices: expected two or more"
+        yield bool(self.choices) and self.group is not None, "group: the choices of a record already are a group"
+        for span in self.spans:
+            yield span.field not in fields, f"spans: no text template uses the field {span.field!r}"
+        if self.label is None:
+            return
+        yield not (self.label.score or self.label.classes or self.choices), "label: expected classes or score"
+        yield self.label.tokens and self.objective != "plain", "label: tokens takes objective plain"
+        by_word = len(self.text) == 1 and Template(self.text[0]).parts == (("", fields[0]),)
+        yield self.label.tokens and not by_word, "label: tokens takes one text template that is a single field"
+        if self.choices:
+            yield self.label.score or self.label.tokens, "label: of choices is the number of the right one, neither score nor tokens"
+            yield len(self.label.classes) not in (0, len(self.choices)), f"label: expected {len(self.choices)} classes, one for each choice"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        used = [name for template in (*self.text, *self.choices) for name in Template(template).fields]
+        used += [name for span in self.spans for name in span.columns]
+        used += [self.label.column] if self.label else []
+        used += [self.group] if self.group else []
+        return tuple(dict.fromkeys(used))
+
+    @property
+    def task(self) -> Task:
+        """What the labels mean."""
+        if self.choices:
+            return Task(kind="choice", choices=len(self.choices))
+        if self.label is None:
+            return Task(kind="none")
+        if self.label.score:
+            return Task(kind="regression")
+        return Task(kind="token" if self.label.tokens else "classification", classes=tuple(map(str, self.label.classes)))
+
+
+def iter_groups(
+    spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, *, digest: Callable[[bytes], object] | None = None, read_rows: int = 1024
+) -> Iterator[list[Row]]:
+    """The rows of the corpus, group by group: all rows of copy 0, then of copy 1, and so on.
+
+    Args:
+        digest: called with the bytes that the corpus fingerprint covers.
+        read_rows: records read from disk at once; the rows do not depend on it.
+
+    Raises:
+        ValueError: bad data (names file and record), or a tokenizer that cannot do what ``spec`` asks.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # encoding changes its truncation settings
+    tokenizer.truncation_side = "right"
+    finish = _Finish(spec, tokenizer)
+    number = itertools.count()
+    for number_of_copy in range(spec.copies):
+        records = read_records(spec.sources, spec.columns, digest=digest if number_of_copy == 0 else None, read_rows=read_rows)
+        records = (_held_out(record, spec) for record in records)
+        if number_of_copy > 0:
+            records = (record for record in records if record.split == "train")
+        drafted = examples(records, spec, tokenizer) if spec.long == "truncate" else documents(records, spec, tokenizer)
+        for drafts in drafted:
+            group = next(number)
+            yield [finish(draft, number_of_copy, group) for draft in drafts]
+
+
+def build_rows(spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, path: Path, made: Provenance, *, read_rows: int = 1024) -> RowsInfo:
+    """Build the rows of a new store at ``path``, with a progress bar.
+
+    Raises:
+        ValueError: as :func:`iter_groups`; no row at all; a group that does not fit in a slot.
+        StoreError: ``path`` holds a finished store or something else.
+    """
+    corpus = hashlib.sha256()
+    with RowWriter(path, spec.slot_tokens) as writer, tqdm(desc="rows", unit=" rows", unit_scale=True) as progress:
+        for rows in iter_groups(spec, tokenizer, digest=corpus.update, read_rows=read_rows):
+            writer.append_group(rows)
+            progress.update(len(rows))
+        return writer.finish(
+            copies=spec.copies,
+            bucket=BUCKET,
+            objective=spec.objective,
+            task=spec.task,
+            pad_id=pad_id(tokenizer),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            corpus=corpus.hexdigest(),
+            building=building_fingerprint(spec),
+            options=spec.model_dump(mode="json"),
+            made=made,
+        )
+
+
+def corpus_fingerprint(spec: RowsSpec) -> str:
+    """SHA-256 over the values of all columns that are read, in order, and the split of each source; file names do not count."""
+    digest = hashlib.sha256()
+    for _ in read_records(spec.sources, spec.columns, digest=digest.update):
+        pass
+    return digest.hexdigest()
+
+
+def building_fingerprint(spec: RowsSpec) -> str:
+    """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
+    options = spec.model_dump(mode="json", exclude={"sources"})
+    return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills batches: the pad token, else the end-of-text token, else 0 (padding is masked in any case)."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _held_out(record: Record, spec: RowsSpec) -> Record:
+    """The record, moved to split dev if the hash of its number (or of its group) says so."""
+    if not spec.hold_out or record.split != "train":
+        return record
+    name = f"group {record.values[spec.group]}" if spec.group else f"record {record.ordinal}"
+    share = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / (1 << 64)
+    return replace(record, split="dev") if share < spec.hold_out else record
+
+
+class _Finish:
+    """Draft -> row: masks, and the count of labelled tokens."""
+
+    def __init__(self, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.spec = spec
+        if spec.objective == "mlm":
+            if tokenizer.mask_token_id is None:
+                raise ValueError("objective mlm needs a mask token, and this tokenizer has none; expected plain or causal")
+            self.mask_id = int(tokenizer.mask_token_id)
+            vocabulary = np.array(list(tokenizer.get_vocab().values()), np.int32)
+            self.choosable = np.zeros(vocabulary.max() + 1, bool)
+            self.choosable[vocabulary] = True
+            self.choosable[tokenizer.all_special_ids] = False
+            self.words = np.flatnonzero(self.choosable).astype(np.int32)
+
+    def __call__(self, draft: Draft, number_of_copy: int, group: int) -> Row:
+        ids, token_labels, labelled = draft.ids, draft.token_labels, 0
+        if self.spec.objective == "mlm":
+            ids, token_labels = self.masked(draft, number_of_copy)
+        elif self.spec.objective == "causal":
+            labelled = len(ids) - (1 if draft.documents is None else int(draft.documents[-1]) + 1)
+        if token_labels is not None:
+            labelled = int((token_labels >= 0).sum())
+        return Row(
+            input_ids=ids,
+            segments=draft.segments,
+            documents=draft.documents,
+            token_labels=token_labels,
+            labelled=labelled,
+            label=draft.label,
+            group=group,
+            copy=number_of_copy,
+            split=draft.record.split,
+            source=draft.record.source,
+            record=draft.record.number,
+            part=draft.part,
+            spans=draft.spans,
+        )
+
+    def masked(self, draft: Draft, number_of_copy: int) -> tuple[Ids, Ids]:
+        """Special and unknown words are never chosen, unless the row holds nothing else."""
+        candidates = self.choosable[draft.ids] & ~draft.added
+        return mask_tokens(
+            draft.ids,
+            candidates if candidates.any() else ~draft.added,
+            probability=self.spec.mask_probability,
+            mask_id=self.mask_id,
+            words=self.words,
+            seed=self.spec.seed,
+            address=(draft.record.ordinal, draft.part, number_of_copy),
+        )

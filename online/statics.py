@@ -1,0 +1,90 @@
+"""Weights that turn one feature into another, read from a live model under the names of store.shape.STATICS."""
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from online.families import submodule
+from online.models import LoadedModel
+
+_NAME = re.compile(
+    r"(?P<layer>[1-9]\d*)\.(?:(?P<projection>query|key|value)\.(?P<part>weight|bias)|norm\.(?P<norm>weight|bias)"
+    r"|(?P<head_norm>query|key)_norm\.weight|(?P<rotary>rotary))|(?P<model>final_norm|transform|transform_norm|head)\.(?P<of_model>weight|bias)"
+)
+_PROJECTIONS = ("query", "key", "value")
+
+
+def live_statics(loaded: LoadedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights ``names`` of the model as it runs, one module at a time; names that the model lacks are left out.
+
+    The tensors are the live parameters (of fused projections views, [out, in] also where the model keeps [in, out]),
+    so gradients reach them.
+
+    Raises:
+        ValueError: no such name, or a block out of range.
+    """
+    found = {name: _static(loaded, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _static(loaded: LoadedModel, name: str) -> Tensor | None:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"unknown weight {name!r}; names are as in store.shape.STATICS, such as 1.query.weight")
+    family, shape = loaded.family, loaded.shape
+    if not shape.attends and match["model"] != "head":
+        return None
+    if match["model"]:
+        return _parameter(_of_model(loaded, match["model"]), match["of_model"])
+    layer = int(match["layer"])
+    if layer > shape.layers:
+        raise ValueError(f"{name}: the model has blocks 1 to {shape.layers}")
+    block = loaded.block(layer)
+    if match["projection"]:
+        return _projection(loaded, block, match["projection"], match["part"])
+    if match["norm"]:
+        return None if family.norm is None else _parameter(submodule(block, family.norm), match["norm"])
+    if match["head_norm"]:
+        path = None if family.head_norms is None else family.head_norms[_PROJECTIONS.index(match["head_norm"])]
+        return None if path is None else _parameter(submodule(block, path), "weight")
+    return _rotary(loaded, layer)
+
+
+def _of_model(loaded: LoadedModel, name: str) -> nn.Module | None:
+    family = loaded.family
+    if name == "head":
+        return loaded.word_head
+    if name == "final_norm":
+        return None if family.final_norm is None else submodule(loaded.body, family.final_norm)
+    if family.transform is None or loaded.shape.head != "masked_lm":
+        return None
+    return submodule(loaded.model, family.transform[0 if name == "transform" else 1])
+
+
+def _projection(loaded: LoadedModel, block: nn.Module, which: str, part: str) -> Tensor | None:
+    paths = loaded.family.projections
+    index = _PROJECTIONS.index(which)
+    module = submodule(block, paths[index] if len(paths) == 3 else paths[0])
+    tensor = _parameter(module, part)
+    if tensor is None:
+        return None
+    if isinstance(module, Conv1D) and part == "weight":
+        tensor = tensor.T
+    return tensor if len(paths) == 3 else tensor.chunk(3)[index]
+
+
+def _rotary(loaded: LoadedModel, layer: int) -> Tensor | None:
+    if loaded.family.rotary is None:
+        return None
+    rotary = submodule(loaded.body, loaded.family.rotary)
+    if hasattr(rotary, "inv_freq"):
+        return _parameter(rotary, "inv_freq")
+    return _parameter(rotary, f"{loaded.model.config.layer_types[layer - 1]}_inv_freq")
+
+
+def _parameter(module: nn.Module | None, name: str) -> Tensor | None:
+    tensor = getattr(module, name, None)
+    assert tensor is None or isinstance(tensor, Tensor)
+    return tensor

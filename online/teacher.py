@@ -1,0 +1,94 @@
+"""Teachers: whatever answers for a batch with features."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from online.batch import Batch, Features
+from online.capture import Capture, check_key
+from online.derive import derive
+from online.encode import packed_value, padded_value, reduced
+from online.models import LoadedModel, forward
+from online.planner import TYPICAL, Units, plan
+from online.statics import live_statics
+from store.features import FeatureKey
+from store.shape import ModelShape
+
+Fetched = dict[FeatureKey, dict[str, NDArray[Any]]]
+"""Packed arrays of a batch as they lie in a store."""
+
+
+class Teacher(Protocol):
+    """Answers for the rows of one store."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model that answered."""
+        ...
+
+    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
+        """What a loader process reads ahead for ``rows``, which :meth:`features` then gets; nothing for a live model."""
+        ...
+
+    def features(self, batch: Batch, fetched: Fetched) -> Features:
+        """The wanted features of ``batch``, float32, without gradient, under keys without a pass name."""
+        ...
+
+
+class LiveTeacher:
+    """A model that answers now.
+
+    It reads what a store for the same features would hold, drops what stands on padding and derives the rest, so that
+    its answers are those of a store, bit for bit where batches are padded alike.
+
+    Args:
+        loaded: Is put in eval mode; its weights must not change any more.
+        wanted: Keys without pass names.
+        units: How many values a row has on average, as in the plan of the store that answers are compared with.
+
+    Raises:
+        ValueError: the model has no such feature, or a key has the form ``select``, whose words only a store knows.
+    """
+
+    def __init__(self, loaded: LoadedModel, wanted: Collection[FeatureKey], units: Units = TYPICAL) -> None:
+        for key in wanted:
+            if key.form == "select":
+                raise ValueError(f"{key}: only a store knows which words were chosen; expected {replace(key, form='')} or a top form")
+        self.shape = loaded.shape
+        self._loaded = loaded
+        self._wanted = tuple(sorted(wanted))
+        self._plan = plan(dict.fromkeys(self._wanted, "float32"), loaded.shape, loaded.wiring, units)
+        self._read = {key: replace(key, form="") for key in self._plan.stored}
+        for key in self._read.values():
+            check_key(loaded, key)
+        self._statics: dict[str, Tensor] = {}
+        loaded.model.eval()
+
+    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
+        """Nothing."""
+        return {}
+
+    @torch.no_grad()
+    def features(self, batch: Batch, fetched: Fetched) -> Features:
+        """As :class:`Teacher` says; one forward pass in the model's own type, whatever autocast is on."""
+        loaded = self._loaded
+        with torch.autocast(batch.mask.device.type, enabled=False), Capture(loaded, self._read.values()) as capture:
+            forward(loaded, batch)
+            captured = capture.features(batch)
+        have: Features = {}
+        for key, source in self._read.items():
+            packed = reduced(key, packed_value(key, captured[source], batch), batch)
+            have[key] = padded_value(key, packed, batch)
+        if not self._statics:
+            self._statics = float_statics(live_statics(loaded, self._plan.statics))
+        return derive(self._wanted, have, self._statics, batch, loaded.shape, loaded.wiring)
+
+
+def float_statics(statics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as derivations read them, live or stored: float32 copies laid out alike, so that products agree to the bit."""
+    return {name: weight.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True) for name, weight in statics.items()}

@@ -1,0 +1,242 @@
+"""Row building: rows stream into slots and Parquet parts; the manifest, written last, commits them all."""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from store import commits, hierarchy, layout
+from store.errors import StoreError
+from store.features import ArraySpec
+from store.manifest import SCHEMA, Json, Manifest, Part, Provenance, RowsInfo, Task
+from store.publish import file_crc32c, make_folder, sync_file, sync_folder
+from store.rows import COLUMNS, Row
+from store.shards import CHUNK, write_slot
+
+TOKEN_ARRAYS: dict[str, ArraySpec] = {
+    "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
+    "segments": ArraySpec(name="segments", dtype="uint8", width=1),
+    "documents": ArraySpec(name="documents", dtype="uint16", width=1),
+    "token_labels": ArraySpec(name="token_labels", dtype="int32", width=1),
+}
+"""What is kept for each token of a row; all but input_ids only where rows have it."""
+
+_PART_ROWS = 1 << 16
+"""Rows of one Parquet file, at least; a file ends with a slot."""
+
+
+class RowWriter:
+    """Builds the rows of a new store, larger than memory, in the order in which groups arrive.
+
+    Nothing of it counts before :meth:`finish`; a build that was cut short is cleared away by the next one. Raises
+    StoreBusy while another process builds, and StoreError where ``path`` holds anything else.
+    """
+
+    def __init__(self, path: Path, slot_tokens: int) -> None:
+        if slot_tokens < CHUNK or slot_tokens % CHUNK:
+            raise ValueError(f"slot_tokens: expected a multiple of {CHUNK}, found {slot_tokens}")
+        self.path = path
+        self.slot_tokens = slot_tokens
+        self._exit = contextlib.ExitStack()
+        _claim(path)
+        self._exit.enter_context(commits.locked(path))
+        with self._closing_on_error():
+            _clear(path)
+            (path / "rows").mkdir()
+        self._arrays: dict[str, ArraySpec] = {}
+        self._slot: list[Row] = []
+        self._filled = 0
+        self._rows = self._tokens = 0
+        self._splits: Counter[str] = Counter()
+        self._crcs: dict[str, list[int]] = {}
+        self._table: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
+        self._parts: list[Part] = []
+
+    def append_group(self, rows: Sequence[Row]) -> None:
+        """Add rows that must be read together; they share a slot.
+
+        Raises:
+            ValueError: the rows do not fit in a slot, or a row contradicts itself or the rows before it.
+        """
+        if not rows:
+            raise ValueError("expected at least one row in a group, found none")
+        if not self._arrays:
+            self._start(rows[0])
+        for row in rows:
+            self._check(row)
+        tokens = sum(len(row.input_ids) for row in rows)
+        if tokens > self.slot_tokens:
+            raise ValueError(
+                f"{_where(rows[0])}: a group of {tokens} tokens in {len(rows)} rows does not fit in a slot of {self.slot_tokens}; "
+                "raise slot_tokens or shorten the rows"
+            )
+        if self._filled + tokens > self.slot_tokens:
+            self._flush_slot()
+        self._slot += rows
+        self._filled += tokens
+
+    def finish(
+        self,
+        *,
+        copies: int,
+        bucket: int,
+        objective: str,
+        task: Task,
+        pad_id: int,
+        tokenizer: str,
+        corpus: str,
+        building: str,
+        options: Json,
+        made: Provenance,
+    ) -> RowsInfo:
+        """Commit the rows: write what is left and, last, the manifest. The arguments are those of RowsInfo and Manifest."""
+        self._flush_slot()
+        self._flush_part()
+        if not self._parts:
+            raise ValueError("expected at least one row, found none; is the corpus empty?")
+        info = RowsInfo(
+            rows=self._rows,
+            tokens=self._tokens,
+            slots=len(self._crcs["input_ids"]),
+            slot_tokens=self.slot_tokens,
+            copies=copies,
+            bucket=bucket,
+            objective=objective,
+            task=task,
+            splits=dict(self._splits),
+            parts=tuple(self._parts),
+            token_arrays=tuple(self._arrays.values()),
+            slot_crcs={name: tuple(crcs) for name, crcs in self._crcs.items()},
+            pad_id=pad_id,
+            tokenizer=tokenizer,
+            corpus=corpus,
+            building=building,
+            options=options,
+        )
+        sync_folder(self.path / "rows")
+        hierarchy.write(self.path, Manifest(schema_version=SCHEMA, rows=info, passes={}, made=made))
+        layout.building(self.path).unlink()
+        self.close()
+        return info
+
+    def close(self) -> None:
+        """Let other processes build; without :meth:`finish` the rows are lost."""
+        self._exit.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, row: Row) -> None:
+        self._arrays = {name: spec for name, spec in TOKEN_ARRAYS.items() if getattr(row, name) is not None}
+        self._crcs = {name: [] for name in self._arrays}
+        for name in self._arrays:
+            make_folder(layout.tokens(self.path, name))
+
+    def _check(self, row: Row) -> None:
+        length = len(row.input_ids)
+        if not length:
+            raise ValueError(f"{_where(row)}: the row has no tokens")
+        for name, spec in TOKEN_ARRAYS.items():
+            values = getattr(row, name)
+            if (values is not None) != (name in self._arrays):
+                raise ValueError(f"{_where(row)}: {name} must be in all rows or in none")
+            if values is not None and (values.shape != (length,) or values.dtype != spec.dtype):
+                raise ValueError(f"{_where(row)}: {name}: expected {spec.dtype} [{length}], found {values.dtype} {list(values.shape)}")
+        if not 0 <= row.labelled <= length:
+            raise ValueError(f"{_where(row)}: labelled: expected 0 to {length}, found {row.labelled}")
+        for start, end in row.spans:
+            if not 0 <= start < end <= length:
+                raise ValueError(f"{_where(row)}: span ({start}, {end}) does not lie in the row's {length} tokens")
+
+    def _flush_slot(self) -> None:
+        if not self._slot:
+            return
+        slot = len(self._crcs["input_ids"])
+        for name, spec in self._arrays.items():
+            values: NDArray[Any] = np.concatenate([getattr(row, name) for row in self._slot])
+            path = layout.slot_file(layout.tokens(self.path, name), slot, dimensions=1)
+            self._crcs[name].append(write_slot(path, values, spec, self.slot_tokens).crc32c)
+        offset = labelled_offset = 0
+        for index, row in enumerate(self._slot):
+            length = len(row.input_ids)
+            address = (slot, offset, length, index, row.labelled, labelled_offset)
+            spans = [{"start": start, "end": end} for start, end in row.spans]
+            origin = (row.group, row.copy, row.split, row.label, row.source, row.record, row.part, spans)
+            for name, value in zip(COLUMNS.names, address + origin, strict=True):
+                self._table[name].append(value)
+            self._splits[row.split] += 1
+            offset, labelled_offset = offset + length, labelled_offset + row.labelled
+        self._rows += len(self._slot)
+        self._tokens += self._filled
+        self._slot, self._filled = [], 0
+        if len(self._table["slot"]) >= _PART_ROWS:
+            self._flush_part()
+
+    def _flush_part(self) -> None:
+        rows = len(self._table["slot"])
+        if not rows:
+            return
+        path = layout.rows_part(self.path, len(self._parts))
+        pq.write_table(pa.table(self._table, COLUMNS), path)
+        sync_file(path)
+        self._parts.append(Part(file=path.name, rows=rows, crc32c=file_crc32c(path)))
+        self._table = {name: [] for name in COLUMNS.names}
+
+
+def _where(row: Row) -> str:
+    return f"{row.source}, record {row.record}"
+
+
+def _claim(path: Path) -> None:
+    """Make ``path`` a folder that is being built, or refuse it untouched."""
+    if layout.manifest(path).exists():
+        raise StoreError(f"{path} already holds a finished store; give another folder, or remove this one to build its rows anew")
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"expected a folder for the store, found a file: {path}")
+    if not layout.building(path).exists() and path.exists() and any(path.iterdir()):
+        kind = "a Python package" if (path / "__init__.py").exists() else "something else"
+        raise StoreError(
+            f"expected an empty or new folder for the store, but {path} holds {kind}; nothing was touched, give another folder"
+        )
+    make_folder(path)
+    layout.building(path).touch()
+    sync_folder(path)
+
+
+def _clear(path: Path) -> None:
+    """Remove what an unfinished build left, and nothing else."""
+    ours = {
+        path / "rows": r"part-\d{5,}\.parquet",
+        **{layout.tokens(path, name): r"zarr\.json|c\.\d+|\.(zarr\.json|c\.\d+)\.0\.tmp" for name in TOKEN_ARRAYS},
+        path / "tokens": r"zarr\.json|\.zarr\.json\.0\.tmp",
+    }
+    for folder, names in ours.items():
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if not re.fullmatch(names, file.name):
+                    raise StoreError(
+                        f"{path} holds an unfinished build and {file}, which is not part of it; move that away and start again"
+                    )
+                file.unlink()
+            folder.rmdir()
+    for file in (path / "zarr.json", layout.temporary(path / "zarr.json"), layout.temporary(layout.manifest(path))):
+        file.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Where everything in a store lies. Every path follows from a rule, so that nobody has to list a directory.
+
+No name that comes from a manifest, a log or a recipe can lead out of the store: each is one checked path component.
+"""
+
+import re
+from pathlib import Path
+
+from store.errors import StoreError
+from store.features import FeatureKey
+
+MANIFEST = "manifest.json"
+BUILDING = ".building"
+"""Present while rows are built; with no manifest beside it, the build was cut short and the next one starts over."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_PASS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = frozenset({"rows", "tokens", "static", "model", "commits", "claims"})
+
+
+def safe(name: str) -> str:
+    """``name`` if it is one harmless path component, else a StoreError."""
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"expected a name of letters, digits, '.', '_' and '-' in the store, found {name!r}; the store was made by something else"
+        )
+    return name
+
+
+def pass_name(name: str) -> str:
+    """``name`` if a pass may have it, else a ValueError."""
+    if not _PASS.fullmatch(name) or name in _RESERVED:
+        reserved = ", ".join(sorted(_RESERVED))
+        raise ValueError(f"expected a pass name of letters, digits, '_' and '-' other than {reserved}, found {name!r}")
+    return name
+
+
+def manifest(store: Path) -> Path:
+    return store / MANIFEST
+
+
+def building(store: Path) -> Path:
+    return store / BUILDING
+
+
+def rows_part(store: Path, number: int) -> Path:
+    """Parquet file ``number`` of the row table."""
+    return store / "rows" / f"part-{number:05}.parquet"
+
+
+def tokens(store: Path, name: str) -> Path:
+    """Folder of a token array."""
+    return store / "tokens" / safe(name)
+
+
+def array_name(key: FeatureKey, array: str) -> str:
+    """Where an array of ``key`` lies below its pass: ``hidden.6/all``, ``lm_logits/labels.top64/ids``."""
+    positions = f"{key.positions}.{key.form}" if key.form else key.positions
+    return "/".join([key.name, positions, *([safe(array)] if array else [])])
+
+
+def array(store: Path, pass_: str, name: str) -> Path:
+    """Folder of the array that :func:`array_name` calls ``name``."""
+    return store.joinpath(safe(pass_), *(safe(part) for part in name.split("/")))
+
+
+def static(store: Path, pass_: str, name: str) -> Path:
+    """Folder of a weight that ships with a pass."""
+    return store / "static" / safe(pass_) / safe(name)
+
+
+def model(store: Path, pass_: str) -> Path:
+    """Folder of the teacher's configuration, tokenizer and the blocks that ship with a pass."""
+    return store / "model" / safe(pass_)
+
+
+def slot_file(folder: Path, slot: int, dimensions: int = 2) -> Path:
+    """File of one slot: ``c.<slot>.0`` in a feature's folder, ``c.<slot>`` in a token array's."""
+    return folder / (f"c.{slot}.0" if dimensions == 2 else f"c.{slot}")
+
+
+def log(store: Path, writer: int) -> Path:
+    """Commit log of a writer; writers are numbered from 0."""
+    return store / "commits" / f"{writer}.log"
+
+
+def lock(store: Path, writer: int) -> Path:
+    """File whose advisory lock a writer holds."""
+    return store / "commits" / f"{writer}.lock"
+
+
+def temporary(path: Path, writer: int = 0) -> Path:
+    """Where ``writer`` prepares ``path``: beside it, by rule, so that the next try overwrites what a kill left."""
+    return path.with_name(f".{path.name}.{writer}.tmp")

@@ -1,0 +1,138 @@
+"""The one process that adds a teacher's answers to a store."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from store import commits, hierarchy, layout
+from store.commits import Commit
+from store.errors import FingerprintMismatch, StoreError
+from store.features import FeatureKey
+from store.manifest import Manifest, PassInfo, read_manifest
+from store.rows import RowTable
+from store.shards import Shard, write_slot
+from store.statics import describe_statics, write_statics
+
+_FOR_PEOPLE = {"made", "model"}
+"""Fields of a pass that say where it came from, not what it is."""
+
+
+class StoreWriter:
+    """Exclusive writer of one store; (shard, pass) is the unit of work. Get one from :meth:`open`."""
+
+    def __init__(self, path: Path, manifest: Manifest, rows: RowTable, lock: ExitStack) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.rows = rows
+        self._lock = lock
+        self._committed = commits.replay(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a store whose rows are finished.
+
+        Raises:
+            StoreBusy: another process writes to it.
+            StoreError: it is absent, unfinished, of another schema, or damaged.
+        """
+        read_manifest(path)
+        with ExitStack() as lock:
+            lock.enter_context(commits.locked(path))
+            layout.building(path).unlink(missing_ok=True)
+            commits.trim(path)
+            manifest = read_manifest(path)
+            return cls(path, manifest, RowTable(path, manifest.rows), lock.pop_all())
+
+    def add_pass(self, name: str, info: PassInfo, statics: Mapping[str, NDArray[Any]]) -> None:
+        """Announce a teacher's answers, or go on with a pass that is there already.
+
+        ``statics`` are its weights (store.shape.STATICS) (bfloat16 as uint16), which ``info.statics`` need not describe yet.
+
+        Raises:
+            FingerprintMismatch: the store has a pass of this name with other content; the message names the field.
+            ValueError: the name, a key or an array is not one that a store can hold.
+        """
+        layout.pass_name(name)
+        keys = [feature.feature for feature in info.features]
+        if not keys or len(set(keys)) < len(keys) or any(key.pass_name for key in keys):
+            raise ValueError(f"pass {name}: expected different features without a pass name, found {[str(key) for key in keys]}")
+        info = info.model_copy(update={"statics": describe_statics(statics)})
+        known = self.manifest.passes.get(name)
+        if known is not None:
+            _refuse_other(self.path, name, known, info)
+            info = known
+        manifest = self.manifest.model_copy(update={"passes": {**self.manifest.passes, name: info}})
+        write_statics(self.path, name, statics)
+        if known is None or hierarchy.differing(self.path, manifest):
+            hierarchy.write(self.path, manifest)
+        self.manifest = manifest
+
+    def pending(self, pass_name: str) -> list[int]:
+        """Shards of the pass that are still to be done, ascending."""
+        done = self._committed.get(pass_name, {})
+        return [shard for shard in range(self.manifest.rows.slots) if shard not in done]
+
+    def commit(self, pass_name: str, shard: int, arrays: Mapping[FeatureKey, Mapping[str, NDArray[Any]]]) -> None:
+        """Store the answers for one shard: every feature of the pass, whole, or nothing.
+
+        ``arrays`` holds for each key its arrays as their codec encodes them, packed [units of the shard, width] in the
+        order of the rows.
+
+        Raises:
+            StoreError: the shard is committed already, or cannot be written.
+            ValueError: the arrays are not those of the pass, or of another type or shape.
+        """
+        info = self.manifest.passes[pass_name]
+        if shard not in self.pending(pass_name):
+            raise StoreError(f"shard {shard} of pass {pass_name} is committed already or is not in {self.path}")
+        given = {key.of(""): value for key, value in arrays.items()}
+        if set(given) != {feature.feature for feature in info.features}:
+            wanted = sorted(feature.key for feature in info.features)
+            raise ValueError(f"pass {pass_name}: expected features {wanted}, found {sorted(str(key) for key in given)}")
+        slot_tokens = self.manifest.rows.slot_tokens
+        todo = []
+        for feature in info.features:
+            key = feature.feature
+            units = int(self.rows.units(key.positions)[2][shard])
+            if set(given[key]) != {array.name for array in feature.arrays}:
+                raise ValueError(f"{key}: expected arrays {[array.name for array in feature.arrays]}, found {sorted(given[key])}")
+            for array in feature.arrays:
+                values = given[key][array.name]
+                Shard(array, slot_tokens, units).check(values, f"shard {shard} of {key}")
+                todo.append((layout.array_name(key, array.name), array, values))
+        files = {}
+        for name, array, values in todo:
+            path = layout.slot_file(layout.array(self.path, pass_name, name), shard)
+            path.unlink(missing_ok=True)  # a run that was killed before its commit line may have left one
+            files[name] = write_slot(path, values, array, slot_tokens)
+        commits.append(self.path, pass_name, shard, files)
+        self._committed.setdefault(pass_name, {})[shard] = Commit(pass_name, shard, files)
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _refuse_other(store: Path, name: str, known: PassInfo, info: PassInfo) -> None:
+    for field in PassInfo.model_fields:
+        stored, found = getattr(known, field), getattr(info, field)
+        if field not in _FOR_PEOPLE and stored != found:
+            raise FingerprintMismatch(
+                f"pass {name} of {store} has another {field}: expected {_short(stored)} as stored, found {_short(found)}; "
+                "give the pass another name, or another store"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."

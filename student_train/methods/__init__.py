@@ -1,0 +1,79 @@
+"""The table of methods, and how a recipe's options become one. A new method is its file and its line here."""
+
+import json
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Any, get_type_hints
+
+from pydantic import ValidationError, create_model
+
+from store.shape import ModelShape
+from store.strict import Strict, did_you_mean, explain
+from student_train.methods.att_kl import AttKL
+from student_train.methods.att_mse import AttMSE
+from student_train.methods.base import Method
+from student_train.methods.distilbert import DistilBERT
+from student_train.methods.hid_cls import HidCLS
+from student_train.methods.hid_seq import HidSeq
+from student_train.methods.kd import KD
+from student_train.methods.lm_kd import LMKD
+from student_train.methods.lm_loss import LMLoss
+from student_train.methods.match import Match
+from student_train.methods.minilm import MiniLM
+from student_train.methods.minilmv2 import MiniLMv2
+from student_train.methods.sentence import Sentence
+from student_train.methods.task_loss import TaskLoss
+from student_train.methods.tinybert import TinyBERT
+from student_train.methods.val_kl import ValKL
+
+METHODS: dict[str, type[Method]] = {
+    "task_loss": TaskLoss,
+    "lm_loss": LMLoss,
+    "kd": KD,
+    "lm_kd": LMKD,
+    "hid_cls": HidCLS,
+    "hid_seq": HidSeq,
+    "att_mse": AttMSE,
+    "att_kl": AttKL,
+    "val_kl": ValKL,
+    "minilm": MiniLM,
+    "minilmv2": MiniLMv2,
+    "tinybert": TinyBERT,
+    "distilbert": DistilBERT,
+    "sentence": Sentence,
+    "match": Match,
+}
+
+
+def parse_method(name: str, options: dict[str, object], student: ModelShape, teacher: ModelShape | None) -> Method:
+    """Build the method ``name`` for a pair of models; ``options`` are those of its ``__init__``, types and ranges checked.
+
+    Raises:
+        ValueError: unknown method or option (with the nearest known one), a value of another type or out of range, no
+            teacher where one is needed, or two models that the method cannot compare.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, list(METHODS))}")
+    cls = METHODS[name]
+    if cls.needs_teacher and teacher is None:
+        alone = ", ".join(other for other, method in METHODS.items() if not method.needs_teacher)
+        raise ValueError(f"method {name} learns from a teacher, but the phase has none; without one: {alone}")
+    try:
+        # As JSON, strict types still take a list for a tuple; YAML's other types (dates) become text and fail with a message.
+        parsed = _options_model(cls).model_validate_json(json.dumps(options, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError(explain(error, _options_model(cls), f"method {name}")) from None
+    arguments: dict[str, Any] = {option: getattr(parsed, option) for option in type(parsed).model_fields}
+    build: Callable[..., Method] = cls
+    try:
+        return build(student, teacher, **arguments)
+    except ValueError as error:
+        raise ValueError(f"method {name}: {error}") from None
+
+
+def _options_model(cls: type[Method]) -> type[Strict]:
+    """The keyword-only arguments of a method's ``__init__`` as a strict model."""
+    hints = get_type_hints(cls.__init__, include_extras=True)
+    options = [option for option in signature(cls).parameters.values() if option.kind is Parameter.KEYWORD_ONLY]
+    fields: dict[str, Any] = {o.name: (hints[o.name], ... if o.default is Parameter.empty else o.default) for o in options}
+    return create_model(cls.__name__, __base__=Strict, **fields)

@@ -1,0 +1,43 @@
+"""Language-model cross entropy.
+
+Shapes: N labelled tokens, V words.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from online.batch import Batch, Features
+from store.features import FeatureKey
+from store.shape import ModelShape
+from student_train.methods.base import Method, Terms, check_site
+from student_train.methods.losses import unit_count, vectors
+
+
+class LMLoss(Method):
+    """Cross entropy of the words at the labelled tokens: masked words (Devlin et al. 2019) or, in causal rows, the next word.
+
+    Needs no teacher: it pretrains students, and is the hard term beside ``lm_kd``.
+
+    Term ``words``: sum over labelled tokens; its mean is the logarithm of the perplexity.
+    """
+
+    needs_teacher = False
+
+    def __init__(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        check_site("lm_logits", student, None)
+        key = FeatureKey("lm_logits", positions="labels")
+        super().__init__({key})
+        self.key = key
+
+    def counts(self, batch: Batch) -> Terms:
+        return {"words": unit_count(batch, "labels")}
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
+        return {"words": word_loss(vectors(student, self.key, batch), batch)}
+
+
+def word_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
+    """0-d sum of the cross entropy of the labelled tokens' words."""
+    if batch.token_labels is None:
+        return logits_NV.sum()  # N = 0: the sum of nothing, still differentiable
+    return F.cross_entropy(logits_NV, batch.token_labels[batch.labelled], reduction="sum")

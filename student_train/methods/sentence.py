@@ -1,0 +1,77 @@
+"""Sentence embeddings: pooled vectors, and the similarities of the sentences of a batch.
+
+Shapes: B rows, W width.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+
+from online.batch import Batch, Features
+from store.features import FeatureKey
+from store.shape import ModelShape
+from student_train.methods.base import Method, Terms, Weight, check_block, check_weights
+from student_train.methods.losses import cosine, mse, projection, unit_count, vectors
+
+
+class Sentence(Method):
+    """Distance of pooled vectors u_s W and u_t: 1 - cos, squared difference, and that of the cosines between sentences.
+
+    ``mse`` is Reimers, Gurevych, "Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation",
+    EMNLP 2020, arXiv 2004.09813, equation 1, with a mean over width. ``similarity`` compares the cosine matrices of the batch
+    as Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv 1907.09682, compares its Gram
+    matrices (theirs are normalised by row): sum over i != j of (cos_s(i, j) - cos_t(i, j))^2. It needs no equal widths and
+    no W, and depends on which rows share a micro-batch. W is learned, and only where the widths differ.
+
+    ``student_layer`` and ``teacher_layer`` choose a hidden state (0 is the embedding output); unset, the final one.
+
+    Terms ``cosine``, ``mse`` (rows) and ``similarity`` (ordered pairs of rows).
+    """
+
+    def __init__(
+        self,
+        student: ModelShape,
+        teacher: ModelShape,
+        *,
+        pooling: Literal["mean", "first", "last"] = "mean",
+        student_layer: Annotated[int, Field(ge=0)] | None = None,
+        teacher_layer: Annotated[int, Field(ge=0)] | None = None,
+        cosine: Weight = 1.0,
+        mse: Weight = 0.0,
+        similarity: Weight = 0.0,
+    ) -> None:
+        check_weights("sentence", cosine, mse, similarity)
+        check_block("student_layer", "student", student_layer or 0, student, lowest=0)
+        check_block("teacher_layer", "teacher", teacher_layer or 0, teacher, lowest=0)
+        student_key, teacher_key = (
+            FeatureKey("final" if layer is None else "hidden", layer, pooling) for layer in (student_layer, teacher_layer)
+        )
+        super().__init__({student_key}, {teacher_key})
+        self.student_key, self.teacher_key = student_key, teacher_key
+        self.cosine, self.mse, self.similarity = cosine, mse, similarity
+        self.projection = projection(student.width, teacher.width) if cosine or mse else None
+
+    def counts(self, batch: Batch) -> Terms:
+        rows = unit_count(batch, "row")
+        terms = {"cosine": rows} if self.cosine else {}
+        if self.mse:
+            terms["mse"] = rows
+        if self.similarity:
+            terms["similarity"] = rows * (rows - 1)
+        return terms
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
+        student_BW, teacher_BW, terms = vectors(student, self.student_key, batch), vectors(teacher, self.teacher_key, batch), {}
+        if self.projection is not None:
+            projected_BW = self.projection(student_BW)
+            if self.cosine:
+                terms["cosine"] = self.cosine * cosine(projected_BW, teacher_BW).sum()
+            if self.mse:
+                terms["mse"] = self.mse * mse(projected_BW, teacher_BW).sum()
+        if self.similarity:
+            student_BB, teacher_BB = (F.normalize(x_BW, dim=-1) @ F.normalize(x_BW, dim=-1).T for x_BW in (student_BW, teacher_BW))
+            apart_BB = ~torch.eye(len(student_BB), dtype=torch.bool, device=student_BB.device)
+            terms["similarity"] = self.similarity * (student_BB - teacher_BB)[apart_BB].square().sum()
+        return terms

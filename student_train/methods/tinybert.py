@@ -1,0 +1,87 @@
+"""TinyBERT: embeddings, hidden states and attention scores of mapped blocks.
+
+Shapes: B rows, H heads, T tokens (queries), S tokens (keys).
+"""
+
+import torch
+from torch import nn
+
+from online.batch import Batch, Features
+from store.features import FeatureKey
+from store.shape import ModelShape
+from student_train.methods.base import LayerMap, Method, Terms, Weight, block_keys, check_equal, check_site, check_weights, layer_pairs
+from student_train.methods.losses import map_mse, mse, of_blocks, pair_count, shared_pairs, unit_count, vectors
+
+EMBEDDING = FeatureKey("hidden", 0)
+
+
+class TinyBERT(Method):
+    """MSE(E_s W_e, E_t) + sum_l MSE(H_s W_h, H_t) + sum_l MSE(A_s, A_t): TinyBERT's distillation of the layers.
+
+    Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020, arXiv
+    1909.10351, equations 7 to 9; A are scaled scores before the softmax. W_e and W_h are learned also where the widths agree,
+    W_h for all layers, and are dropped afterwards. The authors' code has one W for both, a bias in it (kept here), and
+    counts padding (not counted here).
+
+    The paper trains in sequence, never at once: this method in a general phase and a task phase, then, in a phase of its
+    own, the prediction layer (equation 10): ``kd`` with ``alpha: 1, temperature: 1``.
+
+    Terms ``embedding`` and ``hidden`` (tokens, mean over width) and ``attention`` (pairs of tokens, mean over heads; both
+    models need as many query heads), summed over layers.
+    """
+
+    def __init__(
+        self,
+        student: ModelShape,
+        teacher: ModelShape,
+        *,
+        layers: LayerMap = "uniform",
+        embedding: Weight = 1.0,
+        hidden: Weight = 1.0,
+        attention: Weight = 1.0,
+    ) -> None:
+        check_weights("tinybert", embedding, hidden, attention)
+        blocks = layer_pairs(layers, student, teacher)
+        if attention:
+            check_site("attention_scores", student, teacher)
+            check_equal("numbers of attention heads", student.heads, teacher.heads, "attention: 0 leaves this term out")
+        sites = [site for site, weight in (("hidden", hidden), ("attention_scores", attention)) if weight]
+        student_keys, teacher_keys = block_keys(sites, blocks)
+        below = {EMBEDDING} if embedding else set()
+        super().__init__(student_keys | below, teacher_keys | below)
+        self.blocks, self.student, self.teacher = blocks, student, teacher
+        self.embedding, self.hidden, self.attention = embedding, hidden, attention
+        self.embedding_projection = nn.Linear(student.width, teacher.width) if embedding else None
+        self.hidden_projection = nn.Linear(student.width, teacher.width) if hidden else None
+
+    def counts(self, batch: Batch) -> Terms:
+        terms, tokens = {}, unit_count(batch, "all")
+        if self.embedding:
+            terms["embedding"] = tokens
+        if self.hidden:
+            terms["hidden"] = tokens
+        if self.attention:
+            terms["attention"] = pair_count(batch, self.student, self.teacher, self.blocks)
+        return terms
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
+        terms = {}
+        if self.embedding_projection is not None:
+            projected = self.embedding_projection(vectors(student, EMBEDDING, batch))
+            terms["embedding"] = self.embedding * mse(projected, vectors(teacher, EMBEDDING, batch)).sum()
+        if self.hidden_projection is not None:
+            losses = [
+                mse(
+                    self.hidden_projection(vectors(student, FeatureKey("hidden", s), batch)),
+                    vectors(teacher, FeatureKey("hidden", t), batch),
+                ).sum()
+                for s, t in self.blocks
+            ]
+            terms["hidden"] = self.hidden * torch.stack(losses).sum()
+        if self.attention:
+            losses = [
+                map_mse(*of_blocks(student, teacher, "attention_scores", pair), shared_pairs(batch, self.student, self.teacher, pair))
+                for pair in self.blocks
+            ]
+            terms["attention"] = self.attention * torch.stack(losses).sum()
+        return terms

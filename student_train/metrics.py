@@ -1,0 +1,274 @@
+"""What is measured on held-out rows: one literal table of metrics, and the columns that they are computed from.
+
+A column is gathered batch by batch into one array over all rows (or labelled tokens) of the split; a metric turns
+columns into a number. A metric declares what it needs, so that one the data cannot give is refused before training.
+Shapes: R rows (labelled tokens for token classification), C outputs of the task head, N labelled tokens, W width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+from torch import Tensor
+from torch.nn import functional
+
+from online.batch import IGNORED, Batch, Features, dense
+from store.features import FeatureKey
+from store.manifest import RowsInfo
+from store.shape import ModelShape
+from store.strict import did_you_mean
+from student_train.methods.task_loss import task_key
+
+Array = NDArray[np.float64]
+Columns = dict[str, Array]
+
+LM_LOGITS = FeatureKey("lm_logits", positions="labels")
+SENTENCE = FeatureKey("final", positions="mean")
+TASK_HEADS = ("classification", "token_classification", "multiple_choice")
+LM_HEADS = ("masked_lm", "causal_lm")
+SIMILARITY_ROWS = 2000
+"""similarity_spearman compares all pairs of at most this many rows (the first ones): two million pairs."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array over a split and the features of both sides that it is made from."""
+
+    gather: Callable[[Features, Features, Batch, ModelShape], Tensor]
+    student: Callable[[ModelShape], frozenset[FeatureKey]]
+    teacher: Callable[[ModelShape], frozenset[FeatureKey]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number over a split."""
+
+    about: str
+    columns: tuple[str, ...]
+    compute: Callable[..., float]
+    tasks: tuple[str, ...] = ()
+    """Kinds of labels that it can read (store.manifest.Task); empty: it reads no task labels."""
+    outputs: tuple[int, int | None] = (1, None)
+    """Fewest and most outputs of the task head."""
+    heads: tuple[str, ...] = TASK_HEADS
+    """Heads of the student, and of the teacher where its answers are read, that give the columns; empty: any."""
+
+
+def _nothing(shape: ModelShape) -> frozenset[FeatureKey]:
+    return frozenset()
+
+
+def _task(shape: ModelShape) -> frozenset[FeatureKey]:
+    return frozenset({task_key(shape)})
+
+
+def _words(shape: ModelShape) -> frozenset[FeatureKey]:
+    return frozenset({LM_LOGITS})
+
+
+def _sentence(shape: ModelShape) -> frozenset[FeatureKey]:
+    return frozenset({SENTENCE})
+
+
+def _labels(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    if shape.head == "token_classification":
+        assert batch.token_labels is not None
+        return batch.token_labels[batch.labelled]
+    assert batch.row_labels is not None
+    labels = batch.row_labels
+    return labels if labels.is_floating_point() else torch.where(labels == IGNORED, torch.nan, labels.double())
+
+
+def _nll(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    assert batch.token_labels is not None
+    return functional.cross_entropy(dense(student, LM_LOGITS).float(), batch.token_labels[batch.labelled], reduction="none")
+
+
+def _word_kl(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    return _kl(dense(teacher, LM_LOGITS), dense(student, LM_LOGITS))
+
+
+def _kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+    """KL(teacher || student) of each row of logits, in nats."""
+    teacher_log, student_log = teacher_NV.float().log_softmax(-1), student_NV.float().log_softmax(-1)
+    return functional.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+
+
+COLUMNS: dict[str, Column] = {
+    "logits": Column(lambda student, teacher, batch, shape: dense(student, task_key(shape)), _task, _nothing),
+    "teacher_logits": Column(lambda student, teacher, batch, shape: dense(teacher, task_key(shape)), _nothing, _task),
+    "labels": Column(_labels, _nothing, _nothing),
+    "groups": Column(lambda student, teacher, batch, shape: batch.groups, _nothing, _nothing),
+    "nll": Column(_nll, _words, _nothing),
+    "word_kl": Column(_word_kl, _words, _words),
+    "sentence": Column(lambda student, teacher, batch, shape: dense(student, SENTENCE), _sentence, _nothing),
+    "teacher_sentence": Column(lambda student, teacher, batch, shape: dense(teacher, SENTENCE), _nothing, _sentence),
+}
+
+
+def _predicted(logits_RC: Array) -> NDArray[np.int64]:
+    return logits_RC.argmax(1)
+
+
+def _labelled(logits_RC: Array, labels_R: Array) -> tuple[Array, Array]:
+    known = ~np.isnan(labels_R)
+    if not known.any():
+        raise ValueError("none of the held-out rows carries a label: the metric needs labels")
+    return logits_RC[known], labels_R[known]
+
+
+def accuracy(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return float(np.mean(_predicted(logits_RC) == labels_R))
+
+
+def f1(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return float(sklearn_metrics.f1_score(labels_R.astype(int), _predicted(logits_RC), average="binary", zero_division=0.0))
+
+
+def macro_f1(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    classes = list(range(logits_RC.shape[1]))
+    predicted = _predicted(logits_RC)
+    present = [c for c in classes if (labels_R == c).any() or (predicted == c).any()]
+    return float(sklearn_metrics.f1_score(labels_R.astype(int), predicted, labels=present, average="macro", zero_division=0.0))
+
+
+def matthews(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return float(sklearn_metrics.matthews_corrcoef(labels_R.astype(int), _predicted(logits_RC)))
+
+
+def _correlation(statistic: Callable[[Array, Array], float], a: Array, b: Array) -> float:
+    """0 where one side is constant or there are fewer than two values: nothing agrees with a constant."""
+    return float(statistic(a, b)) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
+def pearson(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return _correlation(lambda a, b: stats.pearsonr(a, b).statistic, logits_RC[:, 0], labels_R)
+
+
+def spearman(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return _correlation(lambda a, b: stats.spearmanr(a, b).statistic, logits_RC[:, 0], labels_R)
+
+
+def mse(logits_RC: Array, labels_R: Array) -> float:
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return float(sklearn_metrics.mean_squared_error(labels_R, logits_RC[:, 0]))
+
+
+def perplexity(nll_N: Array) -> float:
+    return math.exp(min(float(nll_N.mean()), 700.0))
+
+
+def choice_accuracy(logits_RC: Array, labels_R: Array, groups_R: Array) -> float:
+    """Share of groups whose likeliest row is the right one; with two outputs a row's score is logit 1 - logit 0."""
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    scores_R = logits_RC[:, 0] if logits_RC.shape[1] == 1 else logits_RC[:, 1] - logits_RC[:, 0]
+    groups = [np.flatnonzero(groups_R == group) for group in np.unique(groups_R)]
+    return float(np.mean([labels_R[rows[scores_R[rows].argmax()]] == 1 for rows in groups]))
+
+
+def exact_match(logits_RC: Array, labels_R: Array, groups_R: Array) -> float:
+    """Share of groups with every row right (MultiRC's exact match, Khashabi et al. 2018)."""
+    right_R = _predicted(logits_RC) == labels_R
+    return float(np.mean([right_R[groups_R == group].all() for group in np.unique(groups_R)]))
+
+
+def agreement(logits_RC: Array, teacher_RC: Array) -> float:
+    return float(np.mean(_predicted(logits_RC) == _predicted(teacher_RC)))
+
+
+def task_kl(logits_RC: Array, teacher_RC: Array) -> float:
+    return float(_kl(torch.from_numpy(teacher_RC), torch.from_numpy(logits_RC)).mean())
+
+
+def similarity_spearman(student_RW: Array, teacher_RW: Array) -> float:
+    """Spearman correlation, over all pairs of rows, of the two sides' cosine similarities."""
+
+    def similarities(vectors: Array) -> Array:
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+
+    pair = similarities(student_RW[:SIMILARITY_ROWS]), similarities(teacher_RW[:SIMILARITY_ROWS])
+    return _correlation(lambda a, b: stats.spearmanr(a, b).statistic, *pair)
+
+
+_CLASSES = ("classification", "token")
+_TASK = ("logits", "labels")
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("share of rows (tokens) whose likeliest class is right", _TASK, accuracy, _CLASSES, (2, None)),
+    "f1": Metric("F1 of class 1 of two", _TASK, f1, _CLASSES, (2, 2)),
+    "macro_f1": Metric("mean of the classes' F1", _TASK, macro_f1, _CLASSES, (2, None)),
+    "matthews": Metric("Matthews correlation", _TASK, matthews, _CLASSES, (2, None)),
+    "pearson": Metric("Pearson correlation with the score", _TASK, pearson, ("regression",), (1, 1)),
+    "spearman": Metric("Spearman correlation with the score", _TASK, spearman, ("regression",), (1, 1)),
+    "mse": Metric("mean squared error of the score", _TASK, mse, ("regression",), (1, 1)),
+    "choice_accuracy": Metric("share of groups whose likeliest row is right", (*_TASK, "groups"), choice_accuracy, ("choice",), (1, 2)),
+    "f1a": Metric("F1 of the right answers over all groups (MultiRC)", _TASK, f1, ("classification",), (2, 2)),
+    "exact_match": Metric("share of groups with every row right", (*_TASK, "groups"), exact_match, ("classification",), (2, None)),
+    "perplexity": Metric("exp of the mean loss of the labelled tokens", ("nll",), perplexity, heads=LM_HEADS),
+    "agreement": Metric(
+        "share of rows (tokens) with the teacher's likeliest class", ("logits", "teacher_logits"), agreement, (), (2, None)
+    ),
+    "task_kl": Metric("mean KL(teacher || student) of the task logits", ("logits", "teacher_logits"), task_kl, (), (2, None)),
+    "teacher_kl": Metric(
+        "mean KL(teacher || student) of the words at labelled tokens", ("word_kl",), lambda kl_N: float(kl_N.mean()), heads=LM_HEADS
+    ),
+    "similarity_spearman": Metric(
+        "Spearman correlation with the teacher of the cosine similarities of rows (mean of the final vectors)",
+        ("sentence", "teacher_sentence"),
+        similarity_spearman,
+        heads=(),
+    ),
+}
+
+
+def student_keys(names: Sequence[str], shape: ModelShape) -> frozenset[FeatureKey]:
+    """What the metrics ``names`` read of the student."""
+    return frozenset(key for name in names for column in METRICS[name].columns for key in COLUMNS[column].student(shape))
+
+
+def teacher_keys(names: Sequence[str], shape: ModelShape) -> frozenset[FeatureKey]:
+    """What the metrics ``names`` read of the teacher; empty for those that need none."""
+    return frozenset(key for name in names for column in METRICS[name].columns for key in COLUMNS[column].teacher(shape))
+
+
+def check_metric(name: str, rows: RowsInfo, student: ModelShape, teacher: ModelShape | None) -> None:
+    """Refuse a metric that these rows and models cannot give.
+
+    Raises:
+        ValueError: unknown name, or labels, outputs, heads or a teacher that do not fit; the message says which.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, sorted(METRICS))}")
+    metric, task = METRICS[name], rows.task.kind
+    if metric.tasks and task not in metric.tasks:
+        raise ValueError(f"metric {name!r} needs labels of kind {' or '.join(metric.tasks)}; the store's rows have kind {task}")
+    if metric.heads == LM_HEADS and rows.objective == "plain":
+        raise ValueError(f"metric {name!r} needs rows with labelled tokens (objective mlm or causal); the store's rows are plain")
+    sides = {"student": student}
+    if any(COLUMNS[column].teacher(student) for column in metric.columns):
+        if teacher is None:
+            raise ValueError(f"metric {name!r} compares with the teacher: give the evaluated data a pass_name of a teacher's pass")
+        sides["teacher"] = teacher
+    for side, shape in sides.items():
+        if metric.heads and shape.head not in metric.heads:
+            raise ValueError(f"metric {name!r} needs a head of {', '.join(metric.heads)}; the {side}'s is {shape.head}")
+        fewest, most = metric.outputs
+        if metric.heads == TASK_HEADS and not fewest <= shape.labels <= (most or shape.labels):
+            expected = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+            raise ValueError(f"metric {name!r} needs {expected} outputs of the task head; the {side}'s has {shape.labels}")
+    if teacher is not None and "teacher" in sides and metric.heads:
+        size = "labels" if metric.heads == TASK_HEADS else "vocab"
+        if getattr(student, size) != getattr(teacher, size):
+            raise ValueError(f"metric {name!r}: the student has {getattr(student, size)} outputs, the teacher {getattr(teacher, size)}")

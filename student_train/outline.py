@@ -1,0 +1,194 @@
+"""A phase worked out from configurations and manifests alone: its student's shape, its methods, the features it needs.
+
+``needs`` prints it; ``run`` checks every phase this way before the first one trains.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from online.fingerprints import tokenizer_fingerprint
+from online.models import load_config, load_tokenizer, model_shape
+from store import layout
+from store.errors import FingerprintMismatch, MissingFeature, StoreError
+from store.features import FeatureKey
+from store.manifest import Manifest, Task, read_manifest
+from store.shape import Head, ModelShape
+from store.strict import did_you_mean
+from student_train.blocks import Source
+from student_train.init import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.methods import parse_method
+from student_train.methods.base import Method
+from student_train.metrics import METRICS, check_metric, teacher_keys
+from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
+
+Keys = frozenset[FeatureKey]
+Passes = dict[tuple[Path, str], Keys]
+"""(store, pass) -> the features that are read of it."""
+
+HEAD_OF: dict[str, Head] = {
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForMultipleChoice": "multiple_choice",
+}
+"""Ending of the architecture that a configuration names -> head; others have none (``base``)."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A phase without weights or rows."""
+
+    phase: PhaseSpec
+    blueprint: Blueprint
+    teacher: ModelShape | None
+    methods: list[tuple[MethodSpec, Method]]
+    method_keys: Keys
+    """What the methods read of a teacher."""
+    passes: Passes
+    """What is read of each pass, for training and for measuring."""
+
+
+def outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None = None) -> Outline:
+    """Work out ``phase``, refusing what does not fit.
+
+    Args:
+        teacher: Folder of the teacher; stands for stores that do not exist yet.
+
+    Raises:
+        ValueError: options that do not fit the models or the data.
+        StoreError: a store is missing, has no such pass, or is of another tokenizer.
+    """
+    try:
+        return _outline(recipe, phase, teacher)
+    except (ValueError, StoreError) as error:
+        raise type(error)(f"phase {phase.name!r}: {error}") from None
+
+
+def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Outline:
+    manifests = {data.store: _manifest(data.store, teacher) for data in (*phase.data, *phase.evaluate)}
+    shapes = {data: _teacher_shape(data, manifests[data.store], teacher) for data in (*phase.data, *phase.evaluate)}
+    blueprint = _blueprint(recipe, phase, teacher)
+    student = blueprint.shape
+    taught = [shape for data in phase.data if (shape := shapes[data]) is not None] if phase.teacher == "store" else []
+    if any(shape != taught[0] for shape in taught):
+        raise ValueError("its data has passes of teachers with different shapes; one phase learns from one teacher")
+    shape = taught[0] if taught else None
+    methods = [(method, parse_method(method.name, dict(method.options), student, shape)) for method in phase.methods]
+    keys: Keys = frozenset().union(*(method.teacher_keys for _, method in methods))
+    measured = _measured(phase, student, manifests, shapes)
+    passes: Passes = {}
+    for data in phase.data:
+        _add(passes, data, keys)
+    for data in phase.evaluate:
+        _add(passes, data, (measured | keys) if shapes[data] == shape else measured)
+    for store, manifest in manifests.items():
+        if manifest is not None:
+            _check_rows(phase, blueprint, store, manifest)
+    return Outline(phase, blueprint, shape, methods, keys, passes)
+
+
+def folder_head(folder: Path) -> Head:
+    """The head that a folder's configuration names."""
+    architecture = ((load_config(folder).architectures or None) or [""])[0]
+    return next((head for ending, head in HEAD_OF.items() if architecture.endswith(ending)), "base")
+
+
+def score_names(phase: PhaseSpec) -> dict[DataSpec, str]:
+    """What stands in front of the scores of each evaluated split: nothing where there is one, else its name and a slash."""
+    if len(phase.evaluate) == 1:
+        return {phase.evaluate[0]: ""}
+    splits = [data.split for data in phase.evaluate]
+    short = len(set(splits)) == len(splits)
+    return {data: f"{data.split}/" if short else f"{data.store.name}.{data.split}/" for data in phase.evaluate}
+
+
+def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
+    return None if teacher is not None and not store.exists() else read_manifest(store)
+
+
+def _teacher_shape(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> ModelShape | None:
+    if data.pass_name is None:
+        return None
+    if manifest is not None and data.pass_name in manifest.passes:
+        return manifest.passes[data.pass_name].shape
+    if teacher is not None:
+        return model_shape(load_config(teacher), folder_head(teacher))
+    assert manifest is not None
+    raise MissingFeature(f"{data.store} has no pass {data.pass_name!r}{did_you_mean(data.pass_name, sorted(manifest.passes))}")
+
+
+def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Blueprint:
+    spec = phase.student
+    if spec.model is not None:
+        return folder_blueprint(spec)
+    manifest = _manifest(phase.data[0].store, teacher)
+    task = Task(kind="none") if manifest is None else manifest.rows.task
+    if spec.phase is not None:
+        earlier = _blueprint(recipe, recipe.phase(spec.phase), teacher)
+        return continued_blueprint(spec, earlier, student_folder(recipe, spec.phase), task)
+    source = _source(phase, teacher)
+    return derived_blueprint(spec, source, load_config(source.folder), task)
+
+
+def student_folder(recipe: TrainRecipe, phase: str) -> Path:
+    """Where a phase leaves its student."""
+    return recipe.output / phase / "student"
+
+
+def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
+    """The folder that ``layers`` or ``random`` starts from: given, or shipped with the first pass of the phase's data."""
+    if phase.student.source is not None:
+        return Source(phase.student.source, folder_head(phase.student.source))
+    for data in phase.data:
+        if data.pass_name is None:
+            continue
+        manifest = _manifest(data.store, teacher)
+        if manifest is not None and data.pass_name in manifest.passes:
+            return Source(layout.model(data.store, data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
+    if teacher is not None:
+        return Source(teacher, folder_head(teacher))
+    raise ValueError("student: layers and random need a source: give student.source, or data with a pass_name")
+
+
+def _measured(
+    phase: PhaseSpec, student: ModelShape, manifests: Mapping[Path, Manifest | None], shapes: Mapping[DataSpec, ModelShape | None]
+) -> Keys:
+    """What the metrics read of a teacher."""
+    for name in phase.metrics:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}{did_you_mean(name, sorted(METRICS))}")
+        for data in phase.evaluate:
+            manifest = manifests[data.store]
+            if manifest is not None:
+                check_metric(name, manifest.rows, student, shapes[data])
+    if phase.best is not None:
+        known = [f"{prefix}{name}" for prefix in score_names(phase).values() for name in ("loss", *phase.metrics)]
+        if phase.best.removeprefix("-") not in known:
+            raise ValueError(f"best: unknown metric {phase.best!r}{did_you_mean(phase.best.removeprefix('-'), known)}")
+    return teacher_keys(phase.metrics, student)
+
+
+def _add(passes: Passes, data: DataSpec, keys: Keys) -> None:
+    if data.pass_name is not None and keys:
+        place = (data.store, data.pass_name)
+        passes[place] = passes.get(place, frozenset()) | keys
+
+
+def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: Manifest) -> None:
+    """The store's rows must be of the student's tokenizer, and its labels must have outputs."""
+    rows, shape = manifest.rows, blueprint.shape
+    for data in (*phase.data, *phase.evaluate):
+        if data.store == store and data.split not in rows.splits:
+            raise ValueError(f"{store} has no split {data.split!r}{did_you_mean(data.split, sorted(rows.splits))}")
+    if shape.head == "classification" and rows.task.kind == "classification" and shape.labels != len(rows.task.classes):
+        raise ValueError(f"the student has {shape.labels} outputs, the labels of {store} have {len(rows.task.classes)} classes")
+    found = tokenizer_fingerprint(load_tokenizer(blueprint.tokenizer))
+    if found != rows.tokenizer:
+        raise FingerprintMismatch(
+            f"{store} was built with another tokenizer than the student's ({blueprint.tokenizer.tokenizer or blueprint.tokenizer.model}): "
+            f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
+            "or start the student from the store's teacher"
+        )

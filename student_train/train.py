@@ -1,0 +1,140 @@
+"""One phase of training: from a bundle and its sources to trained weights, going on from where an earlier process stopped."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerState, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from store.manifest import Json
+from student_train import checkpoint
+from student_train.arguments import checkpoints_student, fixed_on_resume, training_arguments
+from student_train.bundle import Bundle
+from student_train.data import MicroBatches, Source
+from student_train.journal import Journal
+from student_train.ranks import Ranks
+from student_train.recipe import PhaseSpec
+from student_train.trainer import TRAINER_STATE, DistillationTrainer, out_of_patience
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. The weights are in the bundle it was given."""
+
+    steps: int
+    """Optimiser steps taken, those before a resumption included."""
+    resumed: int | None
+    """Step of the checkpoint that this process went on from."""
+    best_step: int | None
+    """Step whose weights the student now has, where a metric picks them; None: those of the last step."""
+    best_metric: float | None
+    history: list[dict[str, float]]
+    """The logs of all steps, as in metrics.jsonl; evaluations have keys that start with ``eval_``."""
+
+
+def train(
+    bundle: Bundle,
+    sources: Sequence[Source],
+    phase: PhaseSpec,
+    output: Path,
+    seed: int,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> TrainResult:
+    """Train ``bundle`` in place on rows of ``sources`` and leave it in eval mode.
+
+    Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` and ``output/tensorboard``. Where
+    ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses. ``evaluate`` is
+    called on rank 0, with the bundle in eval mode; ``phase.best`` names one of the metrics it returns.
+
+    Raises:
+        ValueError: a trainer argument, batch size or metric that does not fit, a checkpoint of other settings, or a loss
+            that is not finite.
+    """
+    where, checkpoints = f"phase {phase.name!r}", output / "checkpoints"
+    for source in sources:
+        if not bundle.taking_part(source.teacher is not None):
+            raise ValueError(
+                f"{where}: no method can learn from {source.store.path}: its rows have no teacher pass; add task_loss or lm_loss"
+            )
+    data = MicroBatches(
+        sources,
+        batch_rows=phase.batch_rows,
+        accumulation=phase.accumulation,
+        steps=phase.steps,
+        epochs=phase.epochs,
+        seed=seed,
+        rank=int(os.environ.get("RANK", 0)),
+        world=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    args = training_arguments(
+        phase.trainer,
+        where,
+        checkpoints,
+        seed=seed,
+        accumulation=phase.accumulation,
+        workers=phase.workers,
+        steps=data.steps,
+        epoch_steps=data.epoch_steps,
+        evaluates=evaluate is not None,
+    )
+    assert args.world_size >= 1  # reading it starts torch.distributed
+    ranks = Ranks()
+    settings = _settings(phase, data, seed, ranks.count)
+    resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
+    step = 0 if resumed is None else checkpoint.step_of(resumed)
+    callbacks = []
+    if "tensorboard" in args.report_to:
+        args.report_to.remove("tensorboard")
+        if ranks.number == 0:
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)))
+    if checkpoints_student(phase.trainer):
+        bundle.checkpoint_activations(where)
+    trainer = DistillationTrainer(
+        bundle, args, data, ranks, settings=settings, evaluate=evaluate, best=phase.best, patience=phase.patience, callbacks=callbacks
+    )
+    if ranks.number == 0:
+        trainer.journal = Journal(output / "metrics.jsonl", step)
+    set_seed(seed + ranks.number)  # every rank its own dropout
+    _run(trainer, resumed)
+    trainer.use_best_weights()
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    bundle.eval()
+    state = trainer.state
+    return TrainResult(state.global_step, None if resumed is None else step, state.best_global_step, state.best_metric, state.log_history)
+
+
+def _run(trainer: DistillationTrainer, resumed: Path | None) -> None:
+    """The loop; a run that had stopped for want of a better metric has nothing left to do."""
+    if resumed is not None:
+        _log.info("going on from %s", resumed)
+        state = TrainerState.load_from_json(str(resumed / TRAINER_STATE))
+        if out_of_patience(state, trainer.patience):
+            trainer._load_from_checkpoint(str(resumed))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+
+
+def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> dict[str, Json]:
+    """What a resumed run must have in common with the run that made its checkpoint, or its losses would differ."""
+    settings = {
+        "ranks": ranks,
+        "seed": seed,
+        "steps": data.steps,
+        "batch_rows": phase.batch_rows,
+        "accumulation": phase.accumulation,
+        "data": [
+            [source.store.manifest.rows.corpus, source.store.manifest.rows.building, source.split, source.weight] for source in data.sources
+        ],
+        "methods": [method.model_dump(mode="json") for method in phase.methods],
+        "trainer": fixed_on_resume(phase.trainer),
+    }
+    plain: dict[str, Json] = json.loads(json.dumps(settings))
+    return plain

@@ -1,0 +1,299 @@
+"""The training loop: transformers.Trainer carries it, the bundle's forward pass is the whole step.
+
+The data loader counts micro-batches of the whole run, so to Trainer a run is one epoch of examples that are batches
+already: skipping to a position reads nothing. Denominators of loss terms are counted over ranks and accumulation steps
+before the first forward pass of a step; each rank's loss is multiplied by their number because DDP averages gradients.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from store.manifest import Json
+from store.strict import did_you_mean
+from student_train import checkpoint
+from student_train.bundle import Bundle
+from student_train.data import Failed, MicroBatch, MicroBatches
+from student_train.journal import Journal
+from student_train.ranks import Ranks
+
+TRAINER_STATE = "trainer_state.json"
+Counts = dict[str, float]
+_log = logging.getLogger(__name__)
+
+
+class Window:
+    """What has been summed since the last log, on this rank."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.steps: Counts = {}
+        self.tokens = 0.0
+        self.waited = 0.0
+        self.paused = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of a micro-batch."""
+        for name, term in terms.items():
+            self.terms[name] = self.terms[name] + term if name in self.terms else term
+
+    def add_step(self, counts: Counts) -> None:
+        """Add the counts of an optimiser step, over all ranks."""
+        self.tokens += counts["tokens"]
+        for name, count in counts.items():
+            if name != "tokens" and count > 0:
+                self.steps[name] = self.steps.get(name, 0) + 1
+
+
+class DistillationTrainer(Trainer):
+    """The overrides that make Trainer run micro-batches of rows and features through a ``Bundle``."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        args: TrainingArguments,
+        data: MicroBatches,
+        ranks: Ranks,
+        *,
+        settings: Mapping[str, Json],
+        evaluate: Callable[[], dict[str, float]] | None,
+        best: str | None,
+        patience: int | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=bundle, args=args, train_dataset=data, eval_dataset={}, callbacks=callbacks)
+        self.bundle, self.data, self.ranks, self.settings = bundle, data, ranks, settings
+        self.measure, self.best, self.patience = evaluate, best, patience
+        self.folder = Path(args.output_dir)
+        self.best_weights: dict[str, Tensor] | None = None
+        self.journal: Journal | None = None
+        self.window = Window()
+
+    # data
+
+    def get_train_dataloader(self) -> DataLoader[MicroBatch]:
+        """Items are micro-batches; a generator of its own, so that starting the loader draws nothing from the global one."""
+        args = self.args
+        return DataLoader(
+            self.data,
+            collate_fn=itemgetter(0),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[MicroBatch | Failed], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], Counts]:
+        """The micro-batches of one optimiser step, and their counts over all ranks."""
+        started = time.perf_counter()
+        items = [next(epoch_iterator) for _ in range(num_batches)]
+        self.window.waited += time.perf_counter() - started
+        micro_batches: list[MicroBatch] = []
+        counts: Counts = {"tokens": 0.0}
+        for item in items:
+            if isinstance(item, Failed):
+                raise item.error
+            micro_batches.append(item)
+            counts["tokens"] += float(item.batch.lengths.sum())
+            for name, count in self.bundle.counts(item.batch, item.taught).items():
+                counts[name] = counts.get(name, 0.0) + count
+        counts = dict(zip(counts, self.ranks.sum(list(counts.values())), strict=True))
+        self.window.add_step(counts)
+        return micro_batches, counts
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: MicroBatch) -> int:
+        """Not counted: Trainer would look for its own input names."""
+        return 0
+
+    # step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Counts | None = None
+    ) -> Tensor:
+        """The micro-batch's share of the step's loss.
+
+        Raises:
+            ValueError: a term is not finite; names it, the step and the rows' store.
+        """
+        source = self.data.sources[inputs.source]
+        with torch.no_grad():
+            features = {} if source.teacher is None else source.teacher.features(inputs.batch, inputs.fetched)
+        loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught)
+        finite = torch.isfinite(torch.stack(list(terms.values()))).tolist()
+        for name, sound in zip(terms, finite, strict=True):
+            if not sound:
+                raise ValueError(
+                    f"step {self.state.global_step + 1}: the loss term {name} is {terms[name].item()} on rows of {source.store.path}; "
+                    "nothing of this step is kept; try a lower learning_rate, or look at the rows with teacher-dump show"
+                )
+        self.window.add(terms)
+        return loss * self.ranks.count
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            raise ValueError(
+                f"step {self.state.global_step + 1}: the gradient is {float(norm)} though every loss term is finite; "
+                "nothing of this step is kept; try a lower learning_rate"
+            )
+        return norm
+
+    # log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms as they entered the loss (mean per unit, times weight), tokens per second and the loader's share of the time."""
+        if "train_runtime" in logs:
+            return  # Trainer's closing summary would count micro-batches as samples
+        self.state.epoch = self.state.global_step / self.data.epoch_steps
+        if "loss" in logs:
+            logs.update(self._window_logs())
+        super().log(logs, start_time)
+        if self.journal is not None:
+            self.journal.append(self.state.log_history[-1])
+
+    def _window_logs(self) -> dict[str, float]:
+        window, self.window = self.window, Window()
+        elapsed = time.perf_counter() - window.started - window.paused
+        names = sorted(window.terms)
+        *sums, waited = self.ranks.sum([*torch.stack([window.terms[name].double() for name in names]).tolist(), window.waited])
+        means = {name: value / window.steps[name] for name, value in zip(names, sums, strict=True) if name in window.steps}
+        return {**means, "tokens_per_second": window.tokens / elapsed, "loader_wait": waited / self.ranks.count / elapsed}
+
+    # evaluate
+
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure on rank 0, tell all ranks, keep the weights if they are the best so far; leaves every random generator as it was."""
+        assert self.measure is not None
+        started = time.perf_counter()
+        self.bundle.eval()  # training_step puts it back
+        with random_state_kept(), torch.no_grad():
+            metrics = self.ranks.on_first(self.measure)
+        self.log({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self.best is not None:
+            self._keep_best(metrics, self.best)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.window.paused += time.perf_counter() - started
+        return metrics
+
+    def _keep_best(self, metrics: Mapping[str, float], best: str) -> None:
+        name, sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
+        if name not in metrics:
+            raise ValueError(f"best: no metric {name!r}{did_you_mean(name, sorted(metrics))}")
+        value = metrics[name]
+        if self.state.best_metric is None or sign * value > sign * self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            if self.ranks.number == 0:
+                self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in checkpoint.weights(self.bundle.student).items()}
+        elif out_of_patience(self.state, self.patience):
+            _log.info("stopped at step %d: no better %s since step %d", self.state.global_step, name, self.state.best_global_step)
+            self.control.should_training_stop = True
+
+    # checkpoints
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: object,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        if self.control.should_save:  # windows end at checkpoints, so that a resumed run logs what an uninterrupted one does
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        started = time.perf_counter()
+        if self.ranks.number == 0:
+            checkpoint.start_writing(self.folder)
+        self.ranks.wait()
+        writing = self.folder / checkpoint.WRITING
+        self._save_optimizer_and_scheduler(str(writing))
+        self._save_scaler(str(writing))
+        self._save_rng_state(str(writing))
+        if self.ranks.count > 1:
+            checkpoint.save(checkpoint.method_buffers(self.bundle.methods), writing / f"buffers_{self.ranks.number}.safetensors")
+        if self.ranks.number == 0:
+            checkpoint.save(checkpoint.weights(self.bundle), writing / "model.safetensors")
+            if self.best_weights is not None:
+                checkpoint.save(self.best_weights, writing / "best.safetensors")
+            self.state.save_to_json(str(writing / TRAINER_STATE))
+        self.ranks.wait()
+        self.ranks.on_first(self._publish)
+        self.window.paused += time.perf_counter() - started
+
+    def _publish(self) -> None:
+        checkpoint.publish(self.folder, self.state.global_step, self.settings, self.ranks.count)
+        checkpoint.rotate(self.folder, self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        with torch.no_grad():
+            checkpoint.restore(self.bundle, checkpoint.load(folder / "model.safetensors"), folder)
+            buffers = folder / f"buffers_{self.ranks.number}.safetensors"
+            for name, saved in (checkpoint.load(buffers) if buffers.exists() else {}).items():
+                checkpoint.method_buffers(self.bundle.methods)[name].copy_(saved)
+        if self.ranks.number == 0 and (folder / "best.safetensors").exists():
+            self.best_weights = checkpoint.load(folder / "best.safetensors")
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: object
+    ) -> tuple[int, int]:
+        position: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.state.compute_steps(self.args, max_steps)  # when to log and save follows the recipe, not the checkpoint
+        return position
+
+    def use_best_weights(self) -> None:
+        """Put the best weights into the student, on all ranks."""
+        if self.state.best_global_step is None or self.best is None:
+            return
+        with torch.no_grad():
+            if self.best_weights is not None:
+                checkpoint.restore(self.bundle.student, self.best_weights, self.folder)
+            if self.ranks.count > 1:
+                for tensor in checkpoint.weights(self.bundle.student).values():
+                    dist.broadcast(tensor, src=0)
+
+
+def out_of_patience(state: TrainerState, patience: int | None) -> bool:
+    """Whether the last ``patience`` evaluations gave no better metric than the best."""
+    if patience is None or state.best_global_step is None:
+        return False
+    evaluated = {entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)}
+    return sum(step > state.best_global_step for step in evaluated) >= patience
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's generators as they were found."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,156 @@
+"""The program ``teacher-dump``: run a teacher once and keep its answers in a store.
+
+torch is imported inside the commands that need it, so that ``--help``, ``status`` and ``verify`` answer at once.
+"""
+
+import errno
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from store.errors import StoreError
+
+USAGE = 2
+"""Exit code of anything a user can mend."""
+INTERRUPTED = 130
+
+EXAMPLE = """\b
+A recipe is a YAML file:
+  store: bert-store              # folder to write
+  pass_name: bert                # name of this teacher's answers in it
+  teacher: {model: path/to/hugging-face-folder, head: masked_lm}
+  rows: ...                      # which texts become which model inputs
+  features: [hidden.6@all, "attention_probs.*", lm_logits@labels:top8]
+  dtype: bfloat16                # stored type; float32 is exact
+"""
+
+_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+_STORE = click.argument("store", type=click.Path(path_type=Path))
+
+
+@click.group(epilog="TEACHER-DUMP COMMAND --help explains each command.", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="teachercache")
+def program() -> None:
+    """Run a teacher once and keep its logits, word predictions and features in a store that students learn from."""
+
+
+@program.command(epilog=EXAMPLE)
+@_RECIPE
+@_OVERRIDES
+def run(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Make the store that RECIPE describes, or go on where an earlier run stopped.
+
+    Rows are built first where the store has none. Then the teacher answers shard after shard, and each is committed as
+    a whole: a run that is interrupted, killed or out of disk loses nothing committed, and the same command goes on.
+    A second recipe with another pass_name adds another teacher's answers, or more features, to the same rows.
+
+    Options of the recipe can be set on the command line: teacher-dump run dump.yaml dtype=float16 batch_tokens=8192
+    """
+    from teacher_dump.dump import dump
+    from teacher_dump.recipe import load
+
+    click.echo(dump(load(recipe, overrides), _command()))
+
+
+@program.command(epilog=EXAMPLE)
+@_RECIPE
+@_OVERRIDES
+def rows(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Build the rows of RECIPE without any features.
+
+    Students that learn from a live teacher, and phases without a teacher, read such a store. Of the teacher only the
+    configuration and the tokenizer are loaded. `run` with the same recipe adds the features later.
+    """
+    from teacher_dump.dump import build_rows
+    from teacher_dump.recipe import load
+
+    click.echo(build_rows(load(recipe, overrides), _command()))
+
+
+@program.command(epilog=EXAMPLE)
+@_RECIPE
+@_OVERRIDES
+def plan(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Say what `run` would write and what it would cost, before any of it is done; nothing below the store is touched.
+
+    Rows are really tokenised and a few real batches are really run, so sizes are counted and times are measured:
+    what is stored and what is derived from it, bytes per token and in total, disk, time, memory, rounding errors.
+    """
+    from teacher_dump.plan import plan as make_plan
+    from teacher_dump.recipe import load
+
+    click.echo(make_plan(load(recipe, overrides), _command()))
+
+
+@program.command()
+@_STORE
+def status(store: Path) -> None:
+    """Show what STORE holds: its rows, its passes, how far each is, and what they weigh on disk."""
+    from teacher_dump.status import status as describe
+
+    click.echo(describe(store))
+
+
+@program.command()
+@_STORE
+@click.option("--repair", is_flag=True, help="Take damaged shards back, so that the next `run` makes them again.")
+def verify(store: Path, repair: bool) -> None:
+    """Check every committed file of STORE against its size and checksums; exit code 2 if anything is damaged.
+
+    Shards are independent: a damaged one costs its own tokens only. With --repair it is taken back and the same
+    `teacher-dump run` that made the store makes it again; everything else stays as it is.
+    """
+    from teacher_dump.verify import verify as check
+
+    whole, report = check(store, repair)
+    click.echo(report)
+    if not whole:
+        sys.exit(USAGE)
+
+
+@program.command()
+@_STORE
+@click.option("--rows", "count", default=3, show_default=True, type=click.IntRange(1), help="How many rows to show.")
+@click.option("--from", "start", default=0, show_default=True, type=click.IntRange(0), help="Number of the first one.")
+@click.option("--pass", "pass_name", default=None, help="Only the answers of this pass.")
+def show(store: Path, count: int, start: int, pass_name: str | None) -> None:
+    """Print a few rows of STORE as text, with what the teacher answered for each.
+
+    Task logits are shown as probabilities, word predictions as the likeliest words, hidden features as their norms.
+    """
+    from teacher_dump.show import show as render
+
+    click.echo(render(store, count, start, pass_name))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0 done, 2 something to mend (one message on standard error), 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        program.main(arguments, prog_name="teacher-dump", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except click.Abort:
+        click.echo("stopped; what is committed is kept. The same command goes on where this one was.", err=True)
+        sys.exit(INTERRUPTED)
+    except (StoreError, ValueError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(USAGE)
+    except OSError as error:
+        room = "; make room and run the same command again, what is committed is kept" if error.errno == errno.ENOSPC else ""
+        click.echo(f"error: {error}{room}", err=True)
+        sys.exit(USAGE)
+
+
+def _command() -> tuple[str, ...]:
+    """The command line, for the record of how an output was made."""
+    return ("teacher-dump", *sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

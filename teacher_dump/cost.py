@@ -1,0 +1,97 @@
+"""The bytes that a dump writes, counted before it writes them."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online.models import LoadedModel
+from store import hierarchy, layout, statics
+from store.features import FeatureKey
+from store.manifest import Manifest
+from store.reader import Store
+from store.rows import Ints
+from store.shards import Shard
+from teacher_dump.recipe import DumpRecipe
+from teacher_dump.ship import shipped_blocks, shipped_weights, write_folder
+from teacher_dump.teacher import TeacherPass
+
+_CRC_DIGITS = 4_000_000_000
+"""A checksum as long as most of them are when written out."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sizes of files in bytes: checksums, shard indexes and unfilled chunk ends included, blocks of the file system not."""
+
+    rows: int
+    """Row table and token arrays."""
+    features: dict[FeatureKey, Ints]
+    """[slots] bytes of each stored feature."""
+    statics: int
+    """Weights that derivations need."""
+    model: int
+    """Configuration, tokenizer and the blocks that ship."""
+    records: int
+    """Zarr metadata, manifest and commit log."""
+
+    @property
+    def added(self) -> int:
+        """What the pass adds to rows that are there."""
+        return self.shards() + self.statics + self.model + self.records
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.added
+
+    def shards(self, chosen: list[int] | None = None) -> int:
+        """Bytes of the features of the ``chosen`` shards (all by default)."""
+        per_slot = sum(self.features.values())
+        assert isinstance(per_slot, np.ndarray)
+        return int(per_slot.sum() if chosen is None else per_slot[chosen].sum())
+
+
+def cost_of(store: Store, recipe: DumpRecipe, teacher: TeacherPass, weights: Mapping[str, NDArray[Any]]) -> Cost:
+    """What the pass of ``recipe`` takes over the rows of ``store``, which may be a scratch copy of them."""
+    slot_tokens = store.manifest.rows.slot_tokens
+    features = {}
+    for spec in teacher.specs:
+        units = store.rows.units(spec.feature.positions)[2].tolist()
+        features[spec.feature] = np.array([sum(Shard(array, slot_tokens, n).size for array in spec.arrays) for n in units], np.int64)
+    return Cost(
+        rows=folder_bytes(store.path / "rows") + folder_bytes(store.path / "tokens"),
+        features=features,
+        statics=sum(weight.nbytes + 4 for weight in weights.values()),
+        model=_model_bytes(recipe, teacher.loaded),
+        records=_record_bytes(store.manifest, recipe.pass_name, teacher, weights, features),
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sizes of all files below ``folder`` but Zarr metadata; 0 where it is absent."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "zarr.json")
+
+
+def _record_bytes(
+    manifest: Manifest, name: str, teacher: TeacherPass, weights: Mapping[str, NDArray[Any]], features: Mapping[FeatureKey, Ints]
+) -> int:
+    info = teacher.info.model_copy(update={"statics": statics.describe(weights)})
+    manifest = manifest.model_copy(update={"passes": {**manifest.passes, name: info}})
+    nodes = sum(len(json.dumps(node, indent=1)) for node in hierarchy.nodes(manifest).values())
+    files = {layout.array_name(spec.feature, array.name): [10**7, _CRC_DIGITS] for spec in teacher.specs for array in spec.arrays}
+    line = len(json.dumps({"pass": name, "shard": manifest.rows.slots - 1, "files": files})) + 10
+    return nodes + len(manifest.model_dump_json(indent=1)) + manifest.rows.slots * line
+
+
+def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_folder(Path(scratch) / "model", loaded, recipe, {})
+        small = folder_bytes(Path(scratch))
+    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded))
+    tensors = {weight.data_ptr(): weight.nbytes for weight in weights.values()}
+    return small + sum(tensors.values()) + 128 * len(tensors)  # a tensor's entry in the header of a safetensors file

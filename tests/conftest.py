@@ -1,0 +1,26 @@
+"""What every test needs: no network, one thread, a fixed seed, and the shared data where there is some."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real teachers and texts: ``../shared`` beside the checkout, or $TEACHERCACHE_SHARED."""
+    folder = Path(os.environ.get("TEACHERCACHE_SHARED") or Path(__file__).parents[2] / "shared")
+    if not (folder / "teachers").is_dir():
+        pytest.skip(f"no shared data at {folder}; set TEACHERCACHE_SHARED")
+    return folder
