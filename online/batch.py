@@ -6,7 +6,7 @@ its longest bucket.
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        moved = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else value.to(device, non_blocking=True) for value in moved))
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return Batch(**moved)
 
 
 class TopK(NamedTuple):

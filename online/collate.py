@@ -92,4 +92,6 @@ def _within(starts: Ints, tokens: int) -> Ints:
 def _row_labels(labels: NDArray[np.float64], task: Task) -> Tensor | None:
     if task.kind in ("none", "token") or np.isnan(labels).all():
         return None
-    return torch.from_numpy(labels.astype(np.float32 if task.kind == "regression" else np.int64))
+    if task.kind == "regression":
+        return torch.from_numpy(labels.astype(np.float32))
+    return torch.from_numpy(np.nan_to_num(labels, nan=IGNORED).astype(np.int64))

@@ -8,7 +8,7 @@ import glob
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.dataset as ds
 import pyarrow.fs
-import pyarrow.json
 from pydantic import Field, field_validator
 
 from store.strict import Strict, did_you_mean
@@ -34,7 +33,7 @@ FORMATS: dict[str, Format] = {
     ".txt": "text",
 }
 _COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
-_BLOCK = 16 << 20  # bytes; a JSON record or CSV line may be this long
+_BLOCK = 16 << 20  # bytes; a CSV line may be this long
 _LOCAL = pyarrow.fs.LocalFileSystem()
 
 
@@ -62,10 +61,11 @@ class SourceSpec(Strict):
 class Record:
     """One record of the corpus."""
 
-    source: str
-    """File it came from."""
+    source: int
+    """Number of its source in the recipe."""
+    file: str
     number: int
-    """Its number in that file, counted from 0."""
+    """Its number in the file, counted from 0."""
     ordinal: int
     """Its number in the whole corpus: what masks and held-out splits are drawn from."""
     split: str
@@ -74,7 +74,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        return f"{self.source}, record {self.number} (counted from 0)"
+        return f"{self.file}, record {self.number} (counted from 0)"
 
 
 def read_records(
@@ -91,7 +91,7 @@ def read_records(
     """
     names = sorted(set(columns))
     ordinal = 0
-    for source in sources:
+    for source_number, source in enumerate(sources):
         if digest is not None:
             digest(f"source {source.split}\n".encode())
         left = source.limit
@@ -103,7 +103,7 @@ def read_records(
             for values in itertools.islice(rows, left):
                 if digest is not None:
                     digest((json.dumps(values, ensure_ascii=False, default=str) + "\n").encode("utf-8", "surrogatepass"))
-                yield Record(str(file), number, ordinal, source.split, dict(zip(names, values, strict=True)))
+                yield Record(source_number, str(file), number, ordinal, source.split, dict(zip(names, values, strict=True)))
                 number += 1
                 ordinal += 1
             left = None if left is None else left - number
@@ -145,13 +145,37 @@ def _read_file(file: Path, format_: Format, documents: str, names: list[str], re
     try:
         if format_ == "text":
             _check_columns(file, names, ["text"])
-            with io.TextIOWrapper(pa.input_stream(str(file)), encoding="utf-8-sig") as lines:
+            with _lines(file) as lines:
                 yield from ((document,) for document in _documents(lines, documents))
+            return
+        if format_ == "json":
+            with _lines(file) as lines:
+                yield from _objects(file, lines, names)
             return
         for batch in _batches(file, format_, names, read_rows):
             yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not readable as {format_}: {error}") from None
+
+
+def _lines(file: Path) -> io.TextIOWrapper:
+    """UTF-8 text, decompressed by suffix."""
+    return io.TextIOWrapper(pa.input_stream(str(file)), encoding="utf-8-sig")
+
+
+def _objects(file: Path, lines: Iterable[str], names: list[str]) -> Iterator[tuple[object, ...]]:
+    """JSON objects, one a line. (Arrow guesses types from the first lines, and nulls a file of one line without line feed.)"""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: expected one JSON object on each line: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}, line {number}: expected one JSON object on each line, found a {type(found).__name__}")
+        _check_columns(f"{file}, line {number}", names, list(found))
+        yield tuple(found[name] for name in names)
 
 
 def _documents(lines: io.TextIOWrapper, documents: str) -> Iterator[str]:
@@ -190,28 +214,17 @@ def _has_arrow_footer(file: Path) -> bool:
 
 
 def _dataset(file: Path, format_: Format, names: list[str]) -> ds.Dataset:
-    """``file`` with types that do not depend on what the values look like (as far as its format allows)."""
+    """``file`` as Arrow reads it; columns of a CSV file are text."""
     if format_ == "csv":
         # "007" and "NA" are text; consumers parse what should be numbers
         convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
         read, parse = pyarrow.csv.ReadOptions(block_size=_BLOCK), pyarrow.csv.ParseOptions(newlines_in_values=True)
         layout = ds.CsvFileFormat(parse_options=parse, convert_options=convert, read_options=read)
         return ds.dataset([str(file)], format=layout, filesystem=_LOCAL)
-    if format_ == "json":
-        layout = ds.JsonFileFormat(read_options=pyarrow.json.ReadOptions(block_size=_BLOCK))
-        data = ds.dataset([str(file)], format=layout, filesystem=_LOCAL)
-        return data.replace_schema(pa.schema([field.with_type(_undated(field.type)) for field in data.schema]))
     return ds.dataset([str(file)], format="ipc" if format_ == "arrow" else "parquet", filesystem=_LOCAL)
 
 
-def _undated(type_: pa.DataType) -> pa.DataType:
-    """Text where the JSON reader guessed a date from the first values, or saw none."""
-    if pa.types.is_list(type_):
-        return pa.list_(_undated(type_.value_type))
-    return pa.string() if pa.types.is_timestamp(type_) or pa.types.is_null(type_) else type_
-
-
-def _check_columns(file: Path, names: list[str], found: list[str]) -> None:
+def _check_columns(where: Path | str, names: list[str], found: list[str]) -> None:
     for name in names:
         if name not in found:
-            raise ValueError(f"{file} has no column {name!r}{did_you_mean(name, found)}")
+            raise ValueError(f"{where} has no column {name!r}{did_you_mean(name, found)}")

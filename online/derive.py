@@ -20,6 +20,9 @@ from online.vocabulary import top_k
 from store.features import FeatureKey
 from store.shape import ModelShape, Wiring
 
+PAIRWISE = frozenset({"attention_scores", "attention_probs"})
+"""Sites with a value for each pair of tokens: quadratic in length, so derived from all tokens and never stored."""
+
 Statics = Mapping[str, Tensor]
 """Weights by their names in store.shape.STATICS, float32."""
 
@@ -233,6 +236,8 @@ def steps(key: FeatureKey, shape: ModelShape, wiring: Wiring) -> list[Step]:
     """Every way to get ``key`` in one step, those that compute the fewest tokens first."""
     if key.form:
         return [] if key.form == "select" else [Step((replace(key, form=""),), (), _likeliest)]
+    if key.site in PAIRWISE and key.positions != "all":
+        return []
     found = []
     block = key.layer or 0
     names = {"i": block, "before": block - 1, "after": block + 1, "last": shape.layers}

@@ -56,8 +56,8 @@ def examples(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrainedT
         yield group
 
 
-def _group_of(record: Record, column: str) -> tuple[object, str]:
-    return record.values[column], record.split
+def _group_of(record: Record, column: str) -> tuple[object, int]:
+    return record.values[column], record.source
 
 
 class _Builder:

@@ -64,7 +64,7 @@ class Family:
     positions_after_padding: bool = False
     """Learned positions start at pad_token_id + 1 (RoBERTa)."""
     score_cap: str | None = None
-    """Attribute of the configuration that caps attention scores; such attention has no SDPA form."""
+    """Attribute of the configuration that caps attention scores."""
     logit_cap: str | None = None
     """Attribute of the configuration that caps word logits."""
     may_be_bidirectional: bool = False

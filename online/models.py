@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -46,6 +46,7 @@ HEADS: dict[Head, type] = {
     "multiple_choice": AutoModelForMultipleChoice,
 }
 LM_HEADS = ("masked_lm", "causal_lm")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class CustomModules(Strict):
@@ -138,11 +139,11 @@ class LoadedModel:
         return head
 
 
-def load_model(spec: ModelSpec, *, attention: str = "sdpa") -> LoadedModel:
+def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
     """Load ``spec`` from disk, in eval mode, on the CPU; never from the network.
 
     Args:
-        attention: transformers' attention implementation; models whose scores are soft-capped always take ``eager``.
+        attention: transformers' attention implementation; by default SDPA where the model has it (not under a soft cap).
 
     Raises:
         ValueError: the folder is missing, is no model folder, holds an encoder-decoder, an unknown family without
@@ -156,14 +157,13 @@ def load_model(spec: ModelSpec, *, attention: str = "sdpa") -> LoadedModel:
         if not spec.new_head:
             raise ValueError(f"{spec.model} has {shape.labels} labels, expected {spec.labels}; new_head: true starts a new head")
         config.num_labels = spec.labels
-    family = FAMILIES.get(shape.family)
     with _quiet():
         try:
             model, report = HEADS[spec.head].from_pretrained(  # type: ignore[attr-defined]
                 str(spec.model),
                 config=config,
                 dtype=getattr(torch, spec.dtype),
-                attn_implementation="eager" if family is not None and family.score_cap else attention,
+                attn_implementation=attention,
                 trust_remote_code=spec.trust_remote_code,
                 ignore_mismatched_sizes=spec.new_head,
                 output_loading_info=True,
@@ -173,7 +173,7 @@ def load_model(spec: ModelSpec, *, attention: str = "sdpa") -> LoadedModel:
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ValueError(f"{spec.model} cannot be loaded with the head {spec.head}: {_first_line(error)}") from error
     _refuse_random_weights(spec, model, report)
-    has_tokenizer = any((spec.model / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    has_tokenizer = any((spec.model / name).exists() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(spec) if spec.tokenizer is not None or has_tokenizer else None
     if model.config.pad_token_id is None and spec.head == "classification":
         # transformers refuses batches without one; which token answers for a row is read from the mask all the same
@@ -197,6 +197,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise ValueError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{folder} is an encoder-decoder ({config.model_type}); only encoders and decoders can be distilled")
+    config.return_dict = True
     assert isinstance(config, PreTrainedConfig)
     return config
 
@@ -215,6 +216,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder without files
+        raise ValueError(f"{folder} has no tokenizer that can be read: it has no vocabulary")
     return tokenizer
 
 
@@ -293,7 +296,8 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     if batch.segments is not None and takes_segments and getattr(model.config, "type_vocab_size", 2) > 1:
         inputs["token_type_ids"] = batch.segments
     if not custom:
-        inputs["position_ids"] = _positions(loaded, batch)
+        positions_BT, pad = token_positions(batch), model.config.pad_token_id
+        inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
             raise ValueError(f"packed documents need a head that answers for tokens of a known family, found {loaded.shape.head}")
@@ -306,14 +310,6 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     output = model(**inputs)
     assert isinstance(output, ModelOutput)
     return output
-
-
-def _positions(loaded: LoadedModel, batch: Batch) -> Tensor:
-    positions_BT = token_positions(batch)
-    if not loaded.family.positions_after_padding:
-        return positions_BT
-    padding = loaded.model.config.pad_token_id
-    return torch.where(batch.mask, positions_BT + padding + 1, padding)
 
 
 def _refuse_random_weights(spec: ModelSpec, model: PreTrainedModel, report: dict[str, set[str]]) -> None:

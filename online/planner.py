@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from typing import NamedTuple
 
-from online.derive import route, steps
+from online.derive import PAIRWISE, route, steps
 from store.codecs import feature_spec
 from store.features import LAYERED, SITES, Dtype, FeatureKey
+from store.rows import RowTable
 from store.shape import ModelShape, Wiring
-
-PAIRWISE = frozenset({"attention_scores", "attention_probs"})
-"""Sites with a value for each pair of tokens: quadratic in length, so derived and never stored."""
 
 
 class Units(NamedTuple):
@@ -24,6 +22,11 @@ class Units(NamedTuple):
 
     tokens: float = 128.0
     labelled: float = 20.0
+
+    @classmethod
+    def average(cls, rows: RowTable) -> "Units":
+        """Those of the rows of a store."""
+        return cls(float(rows.length.mean()), float(rows.labelled.mean()))
 
     def of(self, key: FeatureKey) -> float:
         """Stored units of ``key`` in an average row."""

@@ -66,7 +66,7 @@ class RowsSpec(Strict):
     mask_probability: float = Field(default=0.15, gt=0, le=1)
     """Chance of a token to be chosen for mlm; of the chosen 80 % are masked, 10 % replaced, 10 % kept. Every row has at least one."""
     copies: int = Field(default=1, ge=1, le=1000)
-    """Different maskings of each training text; epoch e reads copy e mod copies. Other splits have one."""
+    """Different maskings of each text; epoch e of a training reads copy e mod copies, evaluation copy 0."""
     hold_out: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training records (with a group column: of the groups) that become split dev, chosen by a hash of their number."""
     slot_tokens: int = Field(default=32768, ge=CHUNK, multiple_of=CHUNK)
@@ -158,8 +158,6 @@ def iter_groups(
     for number_of_copy in range(spec.copies):
         records = read_records(spec.sources, spec.columns, digest=digest if number_of_copy == 0 else None, read_rows=read_rows)
         records = (_held_out(record, spec) for record in records)
-        if number_of_copy > 0:
-            records = (record for record in records if record.split == "train")
         drafted = examples(records, spec, tokenizer) if spec.long == "truncate" else documents(records, spec, tokenizer)
         for drafts in drafted:
             group = next(number)
@@ -253,7 +251,7 @@ class _Finish:
             group=group,
             copy=number_of_copy,
             split=draft.record.split,
-            source=draft.record.source,
+            source=draft.record.file,
             record=draft.record.number,
             part=draft.part,
             spans=draft.spans,

@@ -31,7 +31,8 @@ def top_k(logits: Tensor, k: int) -> TopK:
         chunk_MV = chunk_MV.float()
         top_MK, ids_MK = _likeliest(chunk_MV, k)
         rest_M = chunk_MV.scatter(-1, ids_MK, -torch.inf).logsumexp(-1)
-        log_sum_exp_M = torch.logaddexp(rest_M, top_MK.logsumexp(-1))
+        # torch.logaddexp rounds by a value's place in the tensor, so that a word's answer would depend on the batch.
+        log_sum_exp_M = torch.stack([rest_M, top_MK.logsumexp(-1)], -1).logsumexp(-1)
         log_tail_M = (rest_M - log_sum_exp_M).clamp(min=torch.finfo(torch.float32).min)
         parts.append(TopK(ids_MK, top_MK - log_sum_exp_M[:, None], log_tail_M))
     lead = logits.shape[:-1]

@@ -196,8 +196,11 @@ class RowWriter:
         if not rows:
             return
         path = layout.rows_part(self.path, len(self._parts))
-        pq.write_table(pa.table(self._table, COLUMNS), path)
-        sync_file(path)
+        try:
+            pq.write_table(pa.table(self._table, COLUMNS), path)
+            sync_file(path)
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}; make room or rights and start again") from error
         self._parts.append(Part(file=path.name, rows=rows, crc32c=file_crc32c(path)))
         self._table = {name: [] for name in COLUMNS.names}
 
@@ -217,9 +220,12 @@ def _claim(path: Path) -> None:
         raise StoreError(
             f"expected an empty or new folder for the store, but {path} holds {kind}; nothing was touched, give another folder"
         )
-    make_folder(path)
-    layout.building(path).touch()
-    sync_folder(path)
+    try:
+        make_folder(path)
+        layout.building(path).touch()
+        sync_folder(path)
+    except OSError as error:
+        raise StoreError(f"cannot make the store {path}: {error.strerror}; give a folder that can be written") from error
 
 
 def _clear(path: Path) -> None:
@@ -230,7 +236,7 @@ def _clear(path: Path) -> None:
         path / "tokens": r"zarr\.json|\.zarr\.json\.0\.tmp",
     }
     for folder, names in ours.items():
-        if folder.is_dir():
+        if layout.inside(path, folder).is_dir():
             for file in folder.iterdir():
                 if not re.fullmatch(names, file.name):
                     raise StoreError(

@@ -42,8 +42,12 @@ def locked(store: Path, writer: int = 0) -> Iterator[None]:
         StoreBusy: another process holds it.
     """
     path = layout.lock(store, writer)
-    path.parent.mkdir(exist_ok=True)
-    with path.open("ab") as file:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise StoreError(f"cannot write to {store}: {error.strerror}; check its rights") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from store import layout
-from store.manifest import Manifest
+from store.manifest import Manifest, manifest_bytes
 from store.publish import make_folder, replace
 from store.shards import metadata, static_metadata
 
@@ -54,6 +54,6 @@ def differing(store: Path, manifest: Manifest) -> dict[Path, bytes]:
 def write(store: Path, manifest: Manifest) -> None:
     """Bring every ``zarr.json`` up to ``manifest`` and then, atomically, the manifest itself."""
     for path, data in differing(store, manifest).items():
-        make_folder(path.parent)
+        make_folder(layout.inside(store, path.parent))
         replace(path, data)
-    replace(layout.manifest(store), manifest.model_dump_json(indent=1).encode())
+    replace(layout.manifest(store), manifest_bytes(manifest))

@@ -27,6 +27,13 @@ def safe(name: str) -> str:
     return name
 
 
+def inside(store: Path, path: Path) -> Path:
+    """``path`` if links do not lead it out of ``store``, else a StoreError; asked before anything is written or cleared there."""
+    if not path.resolve().is_relative_to(store.resolve()):
+        raise StoreError(f"expected {path} inside {store}, but a link leads to {path.resolve()}; remove the link")
+    return path
+
+
 def pass_name(name: str) -> str:
     """``name`` if a pass may have it, else a ValueError."""
     if not _PASS.fullmatch(name) or name in _RESERVED:

@@ -5,20 +5,24 @@ Which (shard, pass) is committed is not repeated here: the commit logs are the o
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from store import layout
 from store.errors import StoreError
 from store.features import ArraySpec, FeatureSpec
+from store.publish import crc32c
 from store.shape import ModelShape, Wiring
+from store.shards import CHUNK
 from store.strict import Strict, parse
 
 SCHEMA = 1
 """Version of the layout on disk; any change of it bumps this number and gets a line in CHANGELOG.md."""
 
 Json = dict[str, JsonValue]
+
+_CHECKSUM = b' "crc32c": '
 
 
 class Provenance(Strict):
@@ -50,11 +54,11 @@ class Part(Strict):
 class RowsInfo(Strict):
     """The frozen inputs of every pass."""
 
-    rows: int
-    tokens: int
-    slots: int
-    slot_tokens: int
-    copies: int
+    rows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    slots: int = Field(ge=1)
+    slot_tokens: int = Field(ge=CHUNK, multiple_of=CHUNK)
+    copies: int = Field(ge=1)
     bucket: int
     """Rows are padded to a multiple of this many tokens."""
     objective: Literal["plain", "mlm", "causal"]
@@ -65,7 +69,7 @@ class RowsInfo(Strict):
     token_arrays: tuple[ArraySpec, ...]
     """input_ids always; segments, documents, token_labels where rows have them."""
     slot_crcs: dict[str, tuple[int, ...]]
-    """Token array -> crc32c of each slot's file."""
+    """Token array -> crc32c of each slot's file (store.shards.Seal)."""
     pad_id: int
     tokenizer: str
     """Fingerprint: vocabulary, special tokens, normalisation, chat template."""
@@ -82,7 +86,7 @@ class Static(Strict):
 
     name: str
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     crc32c: int
 
 
@@ -123,21 +127,25 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = layout.manifest(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if layout.building(path).exists():
             raise StoreError(f"the rows of {path} are unfinished; start its dump again") from None
         found = "something else" if path.exists() else "nothing"
         raise StoreError(f"expected a store at {path}, found {found}; make one with teacher-dump") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"cannot read {file}: {error}") from None
+    except OSError as error:
+        raise StoreError(f"cannot read {file}: {error.strerror}") from None
     try:
-        tree = json.loads(text)
+        tree = json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{file} is damaged: {error}; remove the folder and start the dump again") from None
+        raise StoreError(f"{file} is damaged ({error}); put back a copy of it, or remove the folder and start the dump again") from None
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if version != SCHEMA:
         raise StoreError(f"{file}: expected schema version {SCHEMA}, found {version}; read it with the release that made it, or dump again")
+    body, _, last = data.rpartition(_CHECKSUM)
+    if last != b"%d\n}\n" % crc32c(body):
+        raise StoreError(f"{file} fails its checksum: it was damaged or edited; put back a copy of it, or remove the folder and dump again")
+    del tree["crc32c"]
     try:
         manifest = parse(Manifest, tree, str(file))
         _check(manifest)
@@ -146,12 +154,15 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The file's content: the manifest as JSON, and in its last line the crc32c of all bytes before that line."""
+    body = manifest.model_dump_json(indent=1).encode().removesuffix(b"\n}") + b",\n"
+    return b"%s%s%d\n}\n" % (body, _CHECKSUM, crc32c(body))
+
+
 def _check(manifest: Manifest) -> None:
     """What the types of the manifest do not say."""
     rows = manifest.rows
-    sizes = {"rows": rows.rows, "slots": rows.slots, "slot_tokens": rows.slot_tokens, "copies": rows.copies}
-    if wrong := [name for name, size in sizes.items() if size < 1]:
-        raise ValueError(f"manifest: expected positive {wrong}")
     if sum(part.rows for part in rows.parts) != rows.rows or sum(rows.splits.values()) != rows.rows:
         raise ValueError("manifest: the numbers of rows contradict each other")
     for array in rows.token_arrays:
@@ -160,6 +171,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"manifest: token array {array.name} needs a checksum for each of {rows.slots} slots")
     for name, info in manifest.passes.items():
         layout.pass_name(name)
+        if len({feature.feature for feature in info.features}) < len(info.features):
+            raise ValueError(f"manifest: pass {name} holds a feature twice")
         for feature in info.features:
             if feature.feature.pass_name:
                 raise ValueError(f"manifest: pass {name}: expected a key without a pass, found {feature.key}")

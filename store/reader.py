@@ -4,7 +4,7 @@ import mmap
 import resource
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,8 @@ _Found = tuple[Path, Shard, Seal | None]
 
 
 class Store:
-    """Read-only view of a store as committed when it was opened. Safe to pickle and to fork."""
+    """Read-only view of a store as committed when it was opened. Safe to pickle and to fork, but not for
+    several threads at once."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -76,7 +77,7 @@ class Store:
             CorruptShard: a file is missing, of another size, or fails its checksum.
         """
         spec = self.spec(key)
-        start, length, per_slot = self.rows.units(key.positions)
+        start, length, _ = self.rows.units(key.positions)
         slots = self.rows.slot[rows]
         committed = self._commits.get(key.pass_name, {})
         if missing := sorted({int(slot) for slot in slots} - committed.keys()):
@@ -87,12 +88,7 @@ class Store:
         packed = {}
         for array in spec.arrays:
             name = layout.array_name(key, array.name)
-
-            def find(slot: int, array: ArraySpec = array, name: str = name) -> _Found:
-                path = layout.slot_file(layout.array(self.path, key.pass_name, name), slot)
-                return path, Shard(array, self.manifest.rows.slot_tokens, int(per_slot[slot])), committed[slot].files.get(name)
-
-            views = self._views(f"{key.pass_name}/{name}", slots, find)
+            views = self._views(f"{key.pass_name}/{name}", slots, partial(self._find, key, array))
             packed[array.name] = _gather(views, slots, start[rows], length[rows], array)
         return packed
 
@@ -109,14 +105,8 @@ class Store:
             raise MissingFeature(
                 f"{self.path} has no token array {name!r}; it holds {', '.join(array.name for array in info.token_arrays)}"
             )
-
-        def find(slot: int) -> _Found:
-            shard = Shard(array, info.slot_tokens, int(self.rows.slot_tokens[slot]))
-            path = layout.slot_file(layout.tokens(self.path, name), slot, dimensions=1)
-            return path, shard, Seal(shard.size, info.slot_crcs[name][slot])
-
         slots = self.rows.slot[rows]
-        views = self._views(f"tokens/{name}", slots, find)
+        views = self._views(f"tokens/{name}", slots, partial(self._find_tokens, array))
         return _gather(views, slots, self.rows.offset[rows], self.rows.length[rows], array)[:, 0]
 
     def statics(self, pass_name: str) -> dict[str, NDArray[Any]]:
@@ -141,6 +131,18 @@ class Store:
                 self._open.move_to_end((array, slot))
             views[slot] = view
         return views
+
+    def _find(self, key: FeatureKey, array: ArraySpec, slot: int) -> _Found:
+        name = layout.array_name(key, array.name)
+        units = int(self.rows.units(key.positions)[2][slot])
+        path = layout.slot_file(layout.array(self.path, key.pass_name, name), slot)
+        return path, Shard(array, self.manifest.rows.slot_tokens, units), self._commits[key.pass_name][slot].files.get(name)
+
+    def _find_tokens(self, array: ArraySpec, slot: int) -> _Found:
+        info = self.manifest.rows
+        shard = Shard(array, info.slot_tokens, int(self.rows.slot_tokens[slot]))
+        path = layout.slot_file(layout.tokens(self.path, array.name), slot, dimensions=1)
+        return path, shard, Seal(shard.size, info.slot_crcs[array.name][slot])
 
     def _map(self, path: Path, shard: Shard, seal: Seal | None) -> NDArray[Any]:
         try:

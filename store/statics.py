@@ -33,7 +33,7 @@ def write_statics(store: Path, pass_name: str, statics: Mapping[str, NDArray[Any
     for static in describe_statics(statics):
         if static_problem(store, pass_name, static):
             data = np.ascontiguousarray(statics[static.name]).tobytes()
-            folder = layout.static(store, pass_name, static.name)
+            folder = layout.inside(store, layout.static(store, pass_name, static.name))
             make_folder(folder)
             replace(_file(folder, static), data + static.crc32c.to_bytes(4, "little"))
 

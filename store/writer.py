@@ -65,6 +65,9 @@ class StoreWriter:
         if known is not None:
             _refuse_other(self.path, name, known, info)
             info = known
+        for feature in info.features:
+            for array in feature.arrays:
+                layout.inside(self.path, layout.array(self.path, name, layout.array_name(feature.feature, array.name)))
         manifest = self.manifest.model_copy(update={"passes": {**self.manifest.passes, name: info}})
         write_statics(self.path, name, statics)
         if known is None or hierarchy.differing(self.path, manifest):
@@ -87,7 +90,7 @@ class StoreWriter:
             ValueError: the arrays are not those of the pass, or of another type or shape.
         """
         info = self.manifest.passes[pass_name]
-        if shard not in self.pending(pass_name):
+        if shard in self._committed.get(pass_name, {}) or not 0 <= shard < self.manifest.rows.slots:
             raise StoreError(f"shard {shard} of pass {pass_name} is committed already or is not in {self.path}")
         given = {key.of(""): value for key, value in arrays.items()}
         if set(given) != {feature.feature for feature in info.features}:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.utils import is_tensorboard_available
 
 from store.strict import did_you_mean
 
@@ -62,9 +61,14 @@ def training_arguments(
         ValueError: an argument is unknown, has no effect here, is set by another field (named in the message), or has the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    chosen: dict[str, object] = {"logging_steps": 10, "save_total_limit": 2, "eval_steps": max(1, steps // 10), "save_steps": 500}
-    chosen["eval_strategy"] = "steps" if evaluates else "no"
-    chosen["report_to"] = "tensorboard" if is_tensorboard_available() else "none"
+    chosen: dict[str, object] = {
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": max(1, steps // 10),
+        "report_to": "tensorboard",
+    }
     for name, value in given.items():
         if name in OWNED:
             raise ValueError(f"{where}: trainer: {name} is not given here; use {OWNED[name]}")
@@ -99,7 +103,7 @@ def training_arguments(
         args = TrainingArguments(**chosen, **ours)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"{where}: trainer: {error}") from None
-    if args.n_gpu > 1:
+    if args.n_gpu > 1:  # asking for it has set up the device, and torch.distributed under torchrun
         args._n_gpu = 1  # several devices are several processes (torchrun), never threads of one
     return args
 

@@ -31,32 +31,38 @@ def block_pattern(family: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|(?<=\.)){re.escape(before)}(\d+){re.escape(after)}\.")
 
 
-def read_weights(source: Source, family: str, blocks: Sequence[int]) -> dict[str, Tensor]:
-    """Everything outside blocks, and ``blocks`` (counted from 1) renumbered in their order; other blocks are never read.
+def check_blocks(source: Source, family: str, blocks: Sequence[int]) -> None:
+    """Refuse a folder that lacks weights of ``blocks`` (counted from 1), by their names alone.
 
     Raises:
         ValueError: no weights, no such block, or files that cannot be read; the message names the option that mends it.
     """
     numbers = block_pattern(family)
+    found = {int(match[1]) + 1 for _, names in _files(source, blocks) for name in names if (match := numbers.search(name))}
+    if absent := sorted(set(blocks) - found):
+        raise ValueError(f"{source.folder} holds no weights of block {', '.join(map(str, absent))}; {_remedy(source, blocks)}")
+
+
+def read_weights(source: Source, family: str, blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Everything outside blocks, and ``blocks`` (counted from 1) renumbered in their order; other blocks are never read.
+
+    Raises:
+        ValueError: as :func:`check_blocks`.
+    """
+    check_blocks(source, family, blocks)
+    numbers = block_pattern(family)
     places: dict[int, list[int]] = {}
     for place, block in enumerate(blocks):
         places.setdefault(block - 1, []).append(place)
     weights: dict[str, Tensor] = {}
-    absent = set(places)
     for file, names in _files(source, blocks):
         for name in names:
             match = numbers.search(name)
-            number = None if match is None else int(match[1])
             if match is None:
-                weights[name] = file.get_tensor(name)
-            elif number in places:
-                absent.discard(number)
-                tensor = file.get_tensor(name)
-                for place in places[number]:
-                    weights[name[: match.start(1)] + str(place) + name[match.end(1) :]] = tensor
-    if absent:
-        missing = ", ".join(str(number + 1) for number in sorted(absent))
-        raise ValueError(f"{source.folder} holds no weights of block {missing}; {_remedy(source, blocks)}")
+                weights[name] = file.get_tensor(name).clone()  # what safetensors gives is a view of the file
+            else:
+                for place in places.get(int(match[1]), ()):
+                    weights[name[: match.start(1)] + str(place) + name[match.end(1) :]] = file.get_tensor(name).clone()
     return weights
 
 

@@ -11,9 +11,11 @@ checkpoints/checkpoint-<step>/
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -67,12 +69,19 @@ def method_buffers(methods: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights(methods).items() if name not in parameters}
 
 
-def start_writing(folder: Path) -> Path:
-    """A fresh hidden folder for the files of the next checkpoint; what a killed process left there is removed."""
-    writing = folder / WRITING
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    return writing
+def clear(folder: Path) -> None:
+    """Make the hidden folder for the files of the next checkpoint; what a killed process left there is removed."""
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
+    (folder / WRITING).mkdir(parents=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """The hidden folder; that something cannot be written there becomes a ValueError."""
+    try:
+        yield folder / WRITING
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has RuntimeError for a full disk
+        raise ValueError(f"cannot write a checkpoint to {folder}: {error}; make room and start again, the last one is kept") from error
 
 
 def publish(folder: Path, step: int, settings: Mapping[str, Json], ranks: int) -> Path:
@@ -81,18 +90,18 @@ def publish(folder: Path, step: int, settings: Mapping[str, Json], ranks: int) -
     Raises:
         ValueError: the files of a rank are not there (the output folder is not shared between nodes).
     """
-    writing = folder / WRITING
-    files = {file.name: _seal(file) for file in sorted(writing.iterdir())}
+    hidden = folder / WRITING
+    files = {file.name: _seal(file) for file in sorted(hidden.iterdir())}
     for name in files:
-        sync_file(writing / name)
+        sync_file(hidden / name)
     absent = [rank for rank in range(ranks) if ranks > 1 and f"rng_state_{rank}.pth" not in files]
     if absent:
         raise ValueError(f"{folder} holds nothing from rank {absent[0]}: the output must lie on a file system that all nodes share")
-    replace(writing / MARKER, json.dumps({"step": step, "settings": settings, "files": files}, indent=1).encode())
+    replace(hidden / MARKER, json.dumps({"step": step, "settings": settings, "files": files}, indent=1).encode())
     target = folder / f"{_PREFIX}{step}"
     if target.exists():  # lacks a file, or this step would not have been trained again
         shutil.rmtree(target)
-    writing.rename(target)
+    hidden.rename(target)
     sync_folder(folder)
     return target
 
@@ -119,9 +128,10 @@ def newest(folder: Path, settings: Mapping[str, Json]) -> Path | None:
     return None
 
 
-def rotate(folder: Path, keep: int | None) -> None:
-    """Remove all but the ``keep`` newest checkpoints (None or 0 keeps all); the marker goes first."""
-    for path in sorted(folder.glob(f"{_PREFIX}*"), key=step_of, reverse=True)[keep or None :]:
+def rotate(folder: Path, keep: int | None, step: int) -> None:
+    """Of the checkpoints up to ``step`` remove all but the ``keep`` newest (None or 0 keeps all); the marker goes first."""
+    known = [path for path in sorted(folder.glob(f"{_PREFIX}*"), key=step_of, reverse=True) if step_of(path) <= step]
+    for path in known[keep or len(known) :]:
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path)
 

@@ -7,7 +7,7 @@ answer in the training process.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,8 +57,8 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory; a data loader calls it."""
-        values = (getattr(self.batch, field.name) for field in fields(Batch))
-        batch = Batch(*(None if value is None else value.pin_memory() for value in values))
+        values = {name: value.pin_memory() for name, value in vars(self.batch).items() if value is not None}
+        batch = replace(self.batch, **values)
         arrays = {key: {name: array.pin_memory() for name, array in value.items()} for key, value in self.arrays.items()}
         return replace(self, batch=batch, arrays=arrays)
 
@@ -74,7 +74,7 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
     """All micro-batches of a run on one rank, in order.
 
     ``batch_rows`` are shared out evenly over ranks and accumulation steps; where rows stand in groups (the choices of a
-    question) a step takes as many whole groups as they hold.
+    question) a step takes as many whole groups as they hold on average.
 
     Raises:
         ValueError: ``batch_rows`` cannot be shared out evenly.
@@ -93,13 +93,13 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         world: int = 1,
     ) -> None:
         ordered = tuple(source_of(source.store.rows, source.split, source.weight) for source in sources)
-        group = max(int((units.starts[1:] - units.starts[:-1]).max()) for source in ordered for units in source.copies)
+        group = max(1, *(round(len(units.rows) / len(units)) for source in ordered for units in source.copies))
         parts = world * accumulation
         if batch_rows % (group * parts):
-            rows = f"groups of {group} rows x {world} ranks" if group > 1 else f"{world} ranks"
-            raise ValueError(
-                f"batch_rows: expected a multiple of {group * parts} ({rows} x accumulation {accumulation}), found {batch_rows}"
+            shares = " x ".join(
+                [*([f"groups of {group} rows"] if group > 1 else []), f"{world} ranks", f"{accumulation} accumulation steps"]
             )
+            raise ValueError(f"batch_rows: expected a multiple of {group * parts} ({shares}), found {batch_rows}")
         self.sources = tuple(sources)
         self.order = Order(ordered, batch_rows // group, seed)
         self.epoch_steps = self.order.steps_per_epoch

@@ -1,6 +1,5 @@
 """The result of a phase: a plain Hugging Face folder with tokenizer and a model card that says how it was made."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from transformers.utils import logging as transformers_logging
 
 from online.models import HEADS, LoadedModel
 from store.manifest import Provenance
+from store.publish import sync_file, sync_folder
 from student_train.recipe import PhaseSpec
 
-Scores = Mapping[str, Mapping[str, float]]
-"""Held-out data -> metric or loss term -> value."""
+Scores = Mapping[str, float]
+"""Metric or loss term on held-out rows -> value."""
 
 _PIPELINES = {
     "masked_lm": "fill-mask",
@@ -58,11 +58,12 @@ def export(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores
     if student.tokenizer is not None:
         student.tokenizer.save_pretrained(str(writing))
     (writing / "README.md").write_text(model_card(student, lineage, before, after), encoding="utf-8")
-    for path in [*writing.iterdir(), writing]:
-        _sync(path)
+    for path in writing.iterdir():
+        sync_file(path)
+    sync_folder(writing)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores) -> str:
@@ -75,7 +76,7 @@ def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Sc
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {phase.name}",
-        f"{shape.family}, {shape.layers} blocks of width {shape.width}, head {shape.head}; {sum(p.numel() for p in student.model.parameters()):,} "
+        f"{shape.family}, {shape.layers} blocks of width {shape.width}, head {shape.head}; {student.model.num_parameters():,} "
         f"parameters. Trained by TeacherCache's student-train from a store of teacher features.",
         f"```python\nfrom transformers import AutoTokenizer, {HEADS[shape.head].__name__}\n\n"
         f'model = {HEADS[shape.head].__name__}.from_pretrained("path/to/this/folder")\n'
@@ -99,17 +100,8 @@ def _table(before: Scores, after: Scores) -> str:
     """Metrics and loss terms before and after training."""
     if not after:
         return ""
-    lines = ["## Held-out results", "", "| data | measure | at the start | trained |", "|---|---|---|---|"]
-    for data, scores in after.items():
-        for name, value in scores.items():
-            start = before.get(data, {}).get(name)
-            lines.append(f"| {data} | {name} | {'' if start is None else f'{start:.4f}'} | {value:.4f} |")
+    lines = ["## Held-out results", "", "| measure | at the start | trained |", "|---|---|---|"]
+    for name, value in after.items():
+        start = before.get(name)
+        lines.append(f"| {name} | {'' if start is None else f'{start:.4f}'} | {value:.4f} |")
     return "\n".join(lines)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

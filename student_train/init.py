@@ -19,7 +19,7 @@ from online.models import HEADS, CustomModules, LoadedModel, ModelSpec, load_con
 from store.manifest import Task
 from store.shape import Head, ModelShape
 from store.strict import did_you_mean
-from student_train.blocks import Source, block_pattern, read_weights
+from student_train.blocks import Source, block_pattern, check_blocks, read_weights
 from student_train.recipe import StudentSpec
 
 LABELLED_HEADS = ("classification", "token_classification")
@@ -114,6 +114,18 @@ def chosen_blocks(layers: tuple[int, ...] | str, available: int) -> tuple[int, .
     return layers
 
 
+def check_start(blueprint: Blueprint) -> None:
+    """Refuse, without reading weights, what :func:`build` could not make; what an earlier phase will leave is not looked for.
+
+    Raises:
+        ValueError: blocks that the source lacks, or sizes that no model can have.
+    """
+    if blueprint.blocks is not None:
+        check_blocks(blueprint.source, blueprint.config.model_type, blueprint.blocks)
+    if blueprint.spec.random is not None:
+        _on_paper(blueprint)
+
+
 def build(blueprint: Blueprint, seed: int) -> Start:
     """The student of ``blueprint``, in eval mode, on the CPU; what starts from random weights follows from ``seed``.
 
@@ -146,8 +158,7 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> Start:
     source, config = blueprint.source, blueprint.config
     shape = blueprint.shape  # says so if the family or the head is unknown
     weights = read_weights(source, config.model_type, blueprint.blocks or range(1, shape.layers + 1))
-    with torch.device("meta"), _plain_errors("student"):
-        model_class = type(HEADS[blueprint.head].from_config(config))  # type: ignore[attr-defined]
+    model_class = _on_paper(blueprint)
     with _quiet(), _plain_errors(str(source.folder)):
         model, report = model_class.from_pretrained(
             None,
@@ -166,6 +177,12 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> Start:
     if unused:
         notices.append(f"not taken over, for the student has no place for them: {', '.join(unused)}")
     return Start(LoadedModel.of(model.eval(), blueprint.head, tokenizer), tuple(notices))
+
+
+def _on_paper(blueprint: Blueprint) -> type[PreTrainedModel]:
+    """The class of the student, after making one without memory for its weights."""
+    with torch.device("meta"), _plain_errors("student"):
+        return type(HEADS[blueprint.head].from_config(blueprint.config))  # type: ignore[attr-defined]
 
 
 def _attention(blueprint: Blueprint) -> str:

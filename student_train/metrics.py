@@ -8,6 +8,7 @@ Shapes: R rows (labelled tokens for token classification), C outputs of the task
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,9 @@ def _labels(student: Features, teacher: Features, batch: Batch, shape: ModelShap
     if shape.head == "token_classification":
         assert batch.token_labels is not None
         return batch.token_labels[batch.labelled]
-    assert batch.row_labels is not None
     labels = batch.row_labels
+    if labels is None:
+        return torch.full(batch.rows.shape, torch.nan)
     return labels if labels.is_floating_point() else torch.where(labels == IGNORED, torch.nan, labels.double())
 
 
@@ -145,7 +147,7 @@ def matthews(logits_RC: Array, labels_R: Array) -> float:
     return float(sklearn_metrics.matthews_corrcoef(labels_R.astype(int), _predicted(logits_RC)))
 
 
-def _correlation(statistic: Callable[[Array, Array], float], a: Array, b: Array) -> float:
+def _correlation(statistic: Callable[[Array, Array], Any], a: Array, b: Array) -> float:
     """0 where one side is constant or there are fewer than two values: nothing agrees with a constant."""
     return float(statistic(a, b)) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 

@@ -20,6 +20,7 @@ from student_train.init import Blueprint, continued_blueprint, derived_blueprint
 from student_train.methods import parse_method
 from student_train.methods.base import Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
+from student_train.output import student_folder
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 
 Keys = frozenset[FeatureKey]
@@ -47,6 +48,8 @@ class Outline:
     methods: list[tuple[MethodSpec, Method]]
     method_keys: Keys
     """What the methods read of a teacher."""
+    taught: frozenset[DataSpec]
+    """Data, evaluated or trained on, whose pass answers the methods."""
     passes: Passes
     """What is read of each pass, for training and for measuring."""
 
@@ -63,8 +66,10 @@ def outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None = None) 
     """
     try:
         return _outline(recipe, phase, teacher)
-    except (ValueError, StoreError) as error:
+    except StoreError as error:
         raise type(error)(f"phase {phase.name!r}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"phase {phase.name!r}: {error}") from None
 
 
 def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Outline:
@@ -79,15 +84,16 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
     methods = [(method, parse_method(method.name, dict(method.options), student, shape)) for method in phase.methods]
     keys: Keys = frozenset().union(*(method.teacher_keys for _, method in methods))
     measured = _measured(phase, student, manifests, shapes)
+    taught_by = frozenset(data for data, answers in shapes.items() if shape is not None and answers == shape)
     passes: Passes = {}
     for data in phase.data:
         _add(passes, data, keys)
     for data in phase.evaluate:
-        _add(passes, data, (measured | keys) if shapes[data] == shape else measured)
+        _add(passes, data, (measured | keys) if data in taught_by else measured)
     for store, manifest in manifests.items():
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
-    return Outline(phase, blueprint, shape, methods, keys, passes)
+    return Outline(phase, blueprint, shape, methods, keys, taught_by, passes)
 
 
 def folder_head(folder: Path) -> Head:
@@ -131,11 +137,6 @@ def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> B
         return continued_blueprint(spec, earlier, student_folder(recipe, spec.phase), task)
     source = _source(phase, teacher)
     return derived_blueprint(spec, source, load_config(source.folder), task)
-
-
-def student_folder(recipe: TrainRecipe, phase: str) -> Path:
-    """Where a phase leaves its student."""
-    return recipe.output / phase / "student"
 
 
 def _source(phase: PhaseSpec, teacher: Path | None) -> Source:

@@ -83,6 +83,8 @@ class PhaseSpec(Strict):
     evaluate: tuple[DataSpec, ...] = ()
     metrics: tuple[str, ...] = ()
     """Names of student_train.metrics.METRICS, measured on each of ``evaluate``."""
+    evaluate_rows: int | None = Field(default=None, ge=1)
+    """Measure on at most this many rows of each, the first ones; by default on all."""
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; or give ``epochs``."""
     epochs: float | None = Field(default=None, gt=0)

@@ -48,7 +48,7 @@ class StoredTeacher:
         statics = {static.name for static in info.statics}
         if missing := uncovered(self._wanted, stored, statics, self.shape, self._wiring):
             raise MissingFeature(_missing(self._store.path, pass_name, info, missing))
-        self._plan = cover(self._wanted, stored, statics, self.shape, self._wiring, _units(self._store))
+        self._plan = cover(self._wanted, stored, statics, self.shape, self._wiring, Units.average(self._store.rows))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights: loader processes only fetch."""
@@ -70,11 +70,6 @@ class StoredTeacher:
             arrays = self._store.statics(self._pass_name)
             self._statics = {name: from_numpy(arrays[name], dtypes[name], device) for name in self._plan.statics if name in arrays}
         return self._statics
-
-
-def _units(store: Store) -> Units:
-    rows = store.manifest.rows
-    return Units(rows.tokens / rows.rows, float(store.rows.labelled.mean()))
 
 
 def _missing(store: Path, pass_name: str, info: PassInfo, missing: Collection[FeatureKey]) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def train(
     seed: int,
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> TrainResult:
-    """Train ``bundle`` in place on rows of ``sources`` and leave it in eval mode.
+    """Train ``bundle`` in place on rows of ``sources`` (those of ``phase.data``, in order) and leave it in eval mode.
 
     Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` and ``output/tensorboard``. Where
     ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses. ``evaluate`` is
@@ -84,8 +85,7 @@ def train(
         epoch_steps=data.epoch_steps,
         evaluates=evaluate is not None,
     )
-    assert args.world_size >= 1  # reading it starts torch.distributed
-    ranks = Ranks()
+    ranks = Ranks(args.ddp_timeout)
     settings = _settings(phase, data, seed, ranks.count)
     resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
     step = 0 if resumed is None else checkpoint.step_of(resumed)
@@ -119,7 +119,10 @@ def _run(trainer: DistillationTrainer, resumed: Path | None) -> None:
             trainer._load_from_checkpoint(str(resumed))
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    with warnings.catch_warnings():
+        # its replacement would copy rank 0's buffers over those of the others when a run starts
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
 
 def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> dict[str, Json]:
@@ -130,11 +133,16 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
         "steps": data.steps,
         "batch_rows": phase.batch_rows,
         "accumulation": phase.accumulation,
-        "data": [
-            [source.store.manifest.rows.corpus, source.store.manifest.rows.building, source.split, source.weight] for source in data.sources
-        ],
+        "data": [_identity(source, spec.pass_name) for source, spec in zip(data.sources, phase.data, strict=True)],
         "methods": [method.model_dump(mode="json") for method in phase.methods],
         "trainer": fixed_on_resume(phase.trainer),
     }
     plain: dict[str, Json] = json.loads(json.dumps(settings))
     return plain
+
+
+def _identity(source: Source, pass_name: str | None) -> list[object]:
+    """What a source says, wherever its store lies."""
+    manifest = source.store.manifest
+    teacher = manifest.passes[pass_name].teacher if source.teacher is not None and pass_name in manifest.passes else None
+    return [manifest.rows.corpus, manifest.rows.building, source.split, source.weight, teacher]

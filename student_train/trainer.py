@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from store.manifest import Json
 from store.strict import did_you_mean
@@ -61,6 +61,8 @@ class Window:
 class DistillationTrainer(Trainer):
     """The overrides that make Trainer run micro-batches of rows and features through a ``Bundle``."""
 
+    control: TrainerControl
+
     def __init__(
         self,
         bundle: Bundle,
@@ -84,14 +86,14 @@ class DistillationTrainer(Trainer):
 
     # data
 
-    def get_train_dataloader(self) -> DataLoader[MicroBatch]:
+    def get_train_dataloader(self) -> DataLoader[MicroBatch | Failed]:
         """Items are micro-batches; a generator of its own, so that starting the loader draws nothing from the global one."""
         args = self.args
         return DataLoader(
             self.data,
             collate_fn=itemgetter(0),
             num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             generator=torch.Generator().manual_seed(args.seed),
@@ -201,7 +203,8 @@ class DistillationTrainer(Trainer):
         if name not in metrics:
             raise ValueError(f"best: no metric {name!r}{did_you_mean(name, sorted(metrics))}")
         value = metrics[name]
-        if self.state.best_metric is None or sign * value > sign * self.state.best_metric:
+        known = -math.inf if self.state.best_metric is None else sign * self.state.best_metric
+        if sign * value > known:  # never where it is NaN
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.ranks.number == 0:
                 self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in checkpoint.weights(self.bundle.student).items()}
@@ -229,26 +232,26 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         started = time.perf_counter()
         if self.ranks.number == 0:
-            checkpoint.start_writing(self.folder)
+            checkpoint.clear(self.folder)
         self.ranks.wait()
-        writing = self.folder / checkpoint.WRITING
-        self._save_optimizer_and_scheduler(str(writing))
-        self._save_scaler(str(writing))
-        self._save_rng_state(str(writing))
-        if self.ranks.count > 1:
-            checkpoint.save(checkpoint.method_buffers(self.bundle.methods), writing / f"buffers_{self.ranks.number}.safetensors")
-        if self.ranks.number == 0:
-            checkpoint.save(checkpoint.weights(self.bundle), writing / "model.safetensors")
-            if self.best_weights is not None:
-                checkpoint.save(self.best_weights, writing / "best.safetensors")
-            self.state.save_to_json(str(writing / TRAINER_STATE))
+        with checkpoint.writing(self.folder) as writing:
+            self._save_optimizer_and_scheduler(str(writing))
+            self._save_scaler(str(writing))
+            self._save_rng_state(str(writing))
+            if self.ranks.count > 1:
+                checkpoint.save(checkpoint.method_buffers(self.bundle.methods), writing / f"buffers_{self.ranks.number}.safetensors")
+            if self.ranks.number == 0:
+                checkpoint.save(checkpoint.weights(self.bundle), writing / "model.safetensors")
+                if self.best_weights is not None:
+                    checkpoint.save(self.best_weights, writing / "best.safetensors")
+                self.state.save_to_json(str(writing / TRAINER_STATE))
         self.ranks.wait()
         self.ranks.on_first(self._publish)
         self.window.paused += time.perf_counter() - started
 
     def _publish(self) -> None:
         checkpoint.publish(self.folder, self.state.global_step, self.settings, self.ranks.count)
-        checkpoint.rotate(self.folder, self.args.save_total_limit)
+        checkpoint.rotate(self.folder, self.args.save_total_limit, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

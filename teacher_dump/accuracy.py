@@ -10,24 +10,28 @@ from torch import Tensor
 from online.batch import Batch, Features, TopK, Value
 from online.capture import Capture
 from online.collate import collate
-from online.derive import derive
+from online.derive import PAIRWISE, derive
 from online.encode import assemble, encode
 from online.masks import pair_mask
 from online.models import forward
-from online.planner import PAIRWISE
+from online.statics import live_statics
+from online.teacher import float_statics
 from store.codecs import feature_spec
-from store.features import Dtype, FeatureKey, FeatureSpec
+from store.features import Dtype, FeatureKey
 from store.reader import Store
-from teacher_dump.batches import cut
+from teacher_dump.batches import cut, padded_lengths
 from teacher_dump.teacher import TeacherPass
 
 SAMPLE_ROWS = 8
+SAMPLE_TOKENS = 2048
+"""Padded tokens after which no further row is taken."""
 
 
-def sample(store: Store) -> list[Batch]:
+def sample(store: Store, batch_tokens: int) -> list[Batch]:
     """A few rows from all over ``store``, as teacher batches."""
     rows = np.unique(np.linspace(0, len(store.rows) - 1, SAMPLE_ROWS).astype(np.int64))
-    return [collate(store, members) for members in cut(store.rows, rows, batch_tokens=1 << 30)]
+    before = np.cumsum(padded_lengths(store.rows, rows)) - padded_lengths(store.rows, rows)
+    return [collate(store, members) for members in cut(store.rows, rows[before < SAMPLE_TOKENS], batch_tokens)]
 
 
 def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype | None = None) -> dict[str, float]:
@@ -42,8 +46,10 @@ def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype 
         ValueError: a stored number would not be finite; names row and feature.
     """
     shape, wiring = teacher.loaded.shape, teacher.loaded.wiring
-    specs = [spec if dtype is None else _in(dtype, spec, shape.width_of(spec.feature.site)) for spec in teacher.specs]
-    statics = {name: weight.float() for name, weight in teacher.live_statics().items()}
+    specs = [
+        spec if dtype is None else feature_spec(spec.feature, dtype, shape.width_of(spec.feature.site), spec.ids) for spec in teacher.specs
+    ]
+    statics = float_statics(live_statics(teacher.loaded, teacher.plan.statics))
     wanted = list(teacher.plan.derived)
     plain = {replace(key, form="") for key in (*wanted, *(spec.feature for spec in specs))}
     sums = {key: np.zeros(2) for key in wanted}
@@ -63,10 +69,6 @@ def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype 
                 found, true = _numbers(key, derived[key], batch, teacher), _numbers(key, exact[key], batch, teacher)
                 sums[key] += [float((found - true).square().sum()), float(true.square().sum())]
     return {str(key): float(np.sqrt(error / max(norm, 1e-30))) for key, (error, norm) in sums.items()}
-
-
-def _in(dtype: Dtype, spec: FeatureSpec, width: int) -> FeatureSpec:
-    return feature_spec(spec.feature, dtype, width, spec.ids)
 
 
 def _numbers(key: FeatureKey, value: Value, batch: Batch, teacher: TeacherPass) -> Tensor:

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online.models import LoadedModel
-from store import hierarchy, layout, statics
+from store import hierarchy, layout
 from store.features import FeatureKey
-from store.manifest import Manifest
+from store.manifest import Manifest, manifest_bytes
 from store.reader import Store
 from store.rows import Ints
 from store.shards import Shard
+from store.statics import describe_statics
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.ship import shipped_blocks, shipped_weights, write_folder
 from teacher_dump.teacher import TeacherPass
@@ -80,12 +81,12 @@ def folder_bytes(folder: Path) -> int:
 def _record_bytes(
     manifest: Manifest, name: str, teacher: TeacherPass, weights: Mapping[str, NDArray[Any]], features: Mapping[FeatureKey, Ints]
 ) -> int:
-    info = teacher.info.model_copy(update={"statics": statics.describe(weights)})
+    info = teacher.info.model_copy(update={"statics": describe_statics(weights)})
     manifest = manifest.model_copy(update={"passes": {**manifest.passes, name: info}})
     nodes = sum(len(json.dumps(node, indent=1)) for node in hierarchy.nodes(manifest).values())
     files = {layout.array_name(spec.feature, array.name): [10**7, _CRC_DIGITS] for spec in teacher.specs for array in spec.arrays}
     line = len(json.dumps({"pass": name, "shard": manifest.rows.slots - 1, "files": files})) + 10
-    return nodes + len(manifest.model_dump_json(indent=1)) + manifest.rows.slots * line
+    return nodes + len(manifest_bytes(manifest)) + manifest.rows.slots * line
 
 
 def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel) -> int:

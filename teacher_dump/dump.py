@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,23 +17,23 @@ from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from store import layout
 from store.errors import FingerprintMismatch, StoreError
-from store.manifest import Provenance, RowsInfo
-from store.reader import Store, read_manifest
-from store.rows import RowTable
+from store.manifest import Provenance, RowsInfo, read_manifest
+from store.provenance import provenance
+from store.reader import Store
 from store.writer import StoreWriter
 from teacher_dump.accuracy import derived_errors, sample
 from teacher_dump.batches import ShardBuffer, cut, rows_of
-from teacher_dump.cost import Cost, cost_of
-from teacher_dump.figures import duration, size, table
-from teacher_dump.provenance import provenance
+from teacher_dump.cost import cost_of
+from teacher_dump.figures import duration, size
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.selection import Request, resolve
+from teacher_dump.records import describe_errors, read_errors
+from teacher_dump.selection import Request, check_rows, resolve
 from teacher_dump.ship import ship
 from teacher_dump.teacher import Origins, TeacherPass, load_pass
 
 AHEAD = 1
 """Finished shards that may wait for the writer while the teacher fills the next one."""
-_RESERVE = 64 << 20
+RESERVE = 64 << 20
 """Bytes of disk that a dump leaves free: the last megabytes of a file system are slow and belong to others."""
 
 
@@ -63,28 +62,34 @@ def dump(recipe: DumpRecipe, command: Sequence[str]) -> str:
         name = recipe.pass_name
         teacher = load_pass(recipe, requests, writer.rows, made)
         store = Store.open(recipe.store)
-        errors = derived_errors(teacher, sample(store))
-        statics = teacher.statics()
-        cost = cost_of(store, recipe, teacher, statics)
-        if name not in writer.manifest.passes:
-            check_disk(recipe.store, cost.total - cost.present)
-            ship(teacher.loaded, recipe, errors)
-        writer.add_pass(name, teacher.info, statics)
-        del statics
-        if not layout.model(recipe.store, name).is_dir():
-            ship(teacher.loaded, recipe, errors)
-        check_disk(recipe.store, cost.of_shards(writer.pending(name)))
+        _announce(recipe, teacher, store, writer)
         before = writer.pending(name)
         start = time.perf_counter()
         _answer_all(teacher, store, writer, recipe)
-        return _summary(recipe, store, cost, before, time.perf_counter() - start, errors)
+    return _summary(recipe, before, time.perf_counter() - start)
+
+
+def _announce(recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: StoreWriter) -> None:
+    """Put all of the pass but its shards into the store, unless it is there."""
+    name, statics = recipe.pass_name, teacher.statics()
+    cost = cost_of(store, recipe, teacher, statics)
+    known = name in writer.manifest.passes
+    check_disk(recipe.store, cost.shards(writer.pending(name)) if known else cost.added)
+    if known:
+        writer.add_pass(name, teacher.info, statics)  # refuses another teacher before anything of it is touched
+    if not layout.model(recipe.store, name).is_dir() or not known:
+        ship(teacher.loaded, recipe, derived_errors(teacher, sample(store, recipe.batch_tokens)))
+    if not known:
+        writer.add_pass(name, teacher.info, statics)
 
 
 def requested(recipe: DumpRecipe) -> tuple[PreTrainedTokenizerBase, tuple[Request, ...]]:
     """Tokenizer and features, from the teacher's configuration alone: what is wrong with a recipe shows before weights load."""
     config = load_config(recipe.teacher.model, recipe.teacher.trust_remote_code)
     tokenizer = load_tokenizer(recipe.teacher)
-    return tokenizer, resolve(recipe, model_shape(config, recipe.teacher.head, recipe.teacher.modules), tokenizer)
+    requests = resolve(recipe, model_shape(config, recipe.teacher.head, recipe.teacher.modules), tokenizer)
+    check_rows(requests, recipe.rows)
+    return tokenizer, requests
 
 
 def ensure_rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Path, made: Provenance) -> RowsInfo:
@@ -117,9 +122,9 @@ def _compare(path: Path, field: str, stored: object, found: object) -> None:
 def check_disk(path: Path, needed: int) -> None:
     """Refuse what does not fit; raises StoreError."""
     free = shutil.disk_usage(path).free
-    if needed + _RESERVE > free:
+    if needed + RESERVE > free:
         raise StoreError(
-            f"the dump needs {size(needed)} more below {path} and leaves {size(_RESERVE)} free, but the disk has {size(free)}; make room, "
+            f"the dump needs {size(needed)} more below {path} and leaves {size(RESERVE)} free, but the disk has {size(free)}; make room, "
             "or ask for fewer features, a 16-bit dtype or fewer rows (`teacher-dump plan` shows what each costs)"
         )
 
@@ -151,3 +156,21 @@ def _answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe:
         except Exception:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float) -> str:
+    """What the run did for the shards ``made``, and what the store now holds of the pass."""
+    store = Store.open(recipe.store)
+    tokens = int(store.rows.slot_tokens[list(made)].sum())
+    commits = store.committed(recipe.pass_name)
+    written = sum(seal.size for shard in made for seal in commits[shard].files.values())
+    lines = [f"{recipe.store}: pass {recipe.pass_name} is complete, {len(commits):,} shards of {store.manifest.rows.rows:,} rows"]
+    if tokens:
+        lines.append(
+            f"this run: {tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
+            f"{size(written)} of features ({written / tokens:,.0f} bytes a token)"
+        )
+    else:
+        lines.append("this run: nothing was left to do")
+    lines += describe_errors(read_errors(recipe.store, recipe.pass_name))
+    return "\n".join(lines)

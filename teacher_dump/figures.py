@@ -25,6 +25,9 @@ def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [text.rjust(width) if str(column) in right else text.ljust(width) for column, (text, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            text.rjust(width) if str(column) in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return "\n".join(lines)

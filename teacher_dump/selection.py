@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from online.families import FAMILIES
+from online.rows import RowsSpec
 from store.features import FeatureKey
-from store.manifest import RowsInfo
 from store.shape import Head, ModelShape
 from teacher_dump.recipe import DumpRecipe, FeatureRequest, StoreDtype
 
@@ -52,14 +52,16 @@ def resolve(recipe: DumpRecipe, shape: ModelShape, tokenizer: PreTrainedTokenize
     return tuple(requests.values())
 
 
-def check_rows(requests: Sequence[Request], rows: RowsInfo) -> None:
-    """Refuse features at tokens that the rows do not mark; raises ValueError."""
+def check_rows(requests: Sequence[Request], rows: RowsSpec) -> None:
+    """Refuse features at tokens that ``rows`` do not mark; raises ValueError."""
     labelled = rows.objective != "plain" or rows.task.kind == "token"
     for request in requests:
         if request.key.positions == "masked" and rows.objective != "mlm":
             raise ValueError(f"features: {request.key} needs rows with masked tokens (rows.objective: mlm), found {rows.objective}")
         if request.key.positions == "labels" and not labelled:
-            raise ValueError(f"features: {request.key} needs rows with token labels (rows.objective: mlm or causal), found {rows.objective}")
+            raise ValueError(
+                f"features: {request.key} needs rows with token labels (rows.objective: mlm or causal), found {rows.objective}"
+            )
 
 
 def expand(text: str, shape: ModelShape) -> list[FeatureKey]:
@@ -96,7 +98,9 @@ def _check(key: FeatureKey, shape: ModelShape) -> None:
     if shape.head not in heads:
         family = FAMILIES.get(shape.family)
         could = [head for head in heads if family is None or head in family.heads]
-        raise ValueError(f"teacher.head is {shape.head}, which has no {key.site}; a {shape.family} teacher has it with head: {' or '.join(could)}")
+        raise ValueError(
+            f"teacher.head is {shape.head}, which has no {key.site}; a {shape.family} teacher has it with head: {' or '.join(could)}"
+        )
     if key.form.startswith("top") and int(key.form.removeprefix("top")) > shape.vocab:
         raise ValueError(f"the teacher knows {shape.vocab} words, fewer than {key.form} asks for")
 

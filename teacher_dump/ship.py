@@ -10,17 +10,14 @@ from typing import Literal
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import logging
 
 from online.models import LoadedModel
 from store import layout
 from store.errors import StoreError
 from store.publish import sync_file, sync_folder
 from teacher_dump.recipe import DumpRecipe
-
-RECIPE = "recipe.yaml"
-"""The recipe as resolved, in model/<pass>/."""
-ERRORS = "derived_errors.json"
-"""Feature -> measured relative error of its derivation, in model/<pass>/."""
+from teacher_dump.records import ERRORS, RECIPE
 
 
 def shipped_blocks(layers: Literal["all"] | tuple[int, ...], loaded: LoadedModel) -> tuple[int, ...]:
@@ -61,10 +58,13 @@ def ship(loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float]) -
     write_folder(temporary, loaded, recipe, errors)
     weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded))
     if weights:
+        logging.disable_progress_bar()
         try:
             loaded.model.save_pretrained(temporary, state_dict=weights)
         except SafetensorError as error:
             raise StoreError(f"cannot write the teacher's weights below {folder}: {error}; make room and start again") from None
+        finally:
+            logging.enable_progress_bar()
     for path in sorted(temporary.rglob("*")):
         sync_folder(path) if path.is_dir() else sync_file(path)
     sync_folder(temporary)

@@ -21,7 +21,7 @@ from store.manifest import PassInfo, Provenance
 from store.rows import RowTable
 from teacher_dump.batches import Arrays
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.selection import Request, check_rows
+from teacher_dump.selection import Request
 from teacher_dump.ship import shipped_blocks
 
 
@@ -55,8 +55,9 @@ class TeacherPass:
                 return {spec.feature: encode(spec.feature, values[keys[spec.feature]], batch, spec, sources) for spec in self.specs}
         except torch.OutOfMemoryError:
             rows, tokens = batch.mask.shape
+            smaller = rows * tokens // 2
             raise ValueError(
-                f"out of memory on {self.device} with {rows} rows of {tokens} tokens; give a smaller batch_tokens, such as batch_tokens={rows * tokens // 2}"
+                f"out of memory on {self.device} with {rows} rows of {tokens} tokens; lower batch_tokens, as in batch_tokens={smaller}"
             ) from None
 
     def statics(self) -> dict[str, NDArray[Any]]:
@@ -70,7 +71,6 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
     Raises:
         ValueError: it cannot be loaded, cannot give a feature, or takes shorter rows.
     """
-    check_rows(requests, rows.info)
     loaded = load_model(recipe.teacher)
     for request in requests:
         check_key(loaded, replace(request.key, form=""))

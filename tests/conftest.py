@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
+    if torch := sys.modules.get("torch"):  # tests of the store do without it
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ class Method(nn.Module):
     """
 
     needs_teacher: ClassVar[bool] = True
-    """Whether it learns from a teacher; otherwise its ``teacher`` is None or ignored, and ``features`` may be empty."""
+    """Whether it learns from a teacher; otherwise ``teacher`` may be None and the teacher's features empty."""
 
     def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = ()) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ class HidCLS(Method):
     """sum_l MSE(h_s[CLS] W, h_t[CLS]) over layer pairs, W learned where the widths differ.
 
     The objective Hid-CLS of Wang, Weissweiler, Schuetze, Plank, "How to Distill your BERT", ACL 2023, arXiv 2305.15032,
-    section 2. One W serves all layers, as in the paper; its code has none and needs equal widths. The code sums over rows and
-    averages over nothing; here the mean is over rows and width. The token is the first, or the last in causal students,
+    section 2. One W serves all layers, as in the paper; its code has none and needs equal widths. The code sums over
+    rows; here the mean is over rows and width. The token is the first, or the last in causal students,
     whose first token has seen nothing.
 
     Term ``hidden``: sum over rows and layers, mean over width. Block 0 in ``layers`` is the embedding output.

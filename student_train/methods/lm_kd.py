@@ -70,7 +70,7 @@ class LMKD(Method):
             return {"words": kl(logits_UV, vectors(teacher, self.teacher_key, batch), self.temperature).sum()}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
         log_p_UK, log_tail_U = (units(value, batch, self.positions) for value in (target.log_probs, target.log_tail))
-        if self.tail == "none":
+        if self.tail == "none" or ids_UK.shape[-1] == logits_UV.shape[-1]:  # a ghost of no words has no probability to compare
             return {"words": kl(logits_UV.gather(-1, ids_UK), log_p_UK, self.temperature).sum()}
         log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
         return {"words": (log_p_UK1.exp() * (log_p_UK1 - head_and_tail(logits_UV, ids_UK))).sum()}

@@ -14,9 +14,10 @@ from student_train.methods.losses import unit_count, vectors
 
 
 class LMLoss(Method):
-    """Cross entropy of the words at the labelled tokens: masked words (Devlin et al. 2019) or, in causal rows, the next word.
+    """Cross entropy of the words at the labelled tokens: masked words or, in causal rows, the next word.
 
-    Needs no teacher: it pretrains students, and is the hard term beside ``lm_kd``.
+    Needs no teacher: it pretrains students, and is the hard term beside ``lm_kd``. The masked form is task 1 of Devlin,
+    Chang, Lee, Toutanova, "BERT", NAACL 2019, arXiv 1810.04805.
 
     Term ``words``: sum over labelled tokens; its mean is the logarithm of the perplexity.
     """

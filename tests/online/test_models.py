@@ -50,6 +50,7 @@ def tokenizer(words: tuple[str, ...] = ("good", "bad", "film")) -> PreTrainedTok
 def test_a_loaded_model_is_in_eval_mode_and_knows_its_shape(folder: Path) -> None:
     loaded = load_model(ModelSpec(model=folder, head="masked_lm"))
     assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.pad_token_id == 0
     shape = loaded.shape
@@ -80,9 +81,9 @@ def test_a_missing_head_is_an_error_unless_a_new_one_is_asked_for(folder: Path) 
     loaded = load_model(spec)
     assert loaded.shape.labels == 3
     assert loaded.model.classifier.out_features == 3
-    with pytest.raises(ValueError, match="no multiple_choice head that fits.*new_head: true"):
+    with pytest.raises(ValueError, match=r"no multiple_choice head that fits.*new_head: true"):
         load_model(ModelSpec(model=folder, head="multiple_choice"))
-    with pytest.raises(ValueError, match="no classification head that fits.*new_head: true"):
+    with pytest.raises(ValueError, match=r"no classification head that fits.*new_head: true"):
         load_model(ModelSpec(model=folder, head="classification"))
 
 
@@ -100,7 +101,7 @@ def test_weights_missing_from_the_body_are_an_error_even_with_a_new_head(folder:
     weights = load_file(folder / "model.safetensors")
     del weights["bert.encoder.layer.1.attention.self.query.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks weights of the model itself, such as bert.encoder.layer.1"):
+    with pytest.raises(ValueError, match=r"lacks weights of the model itself, such as bert.encoder.layer.1"):
         load_model(ModelSpec(model=folder, head="classification", new_head=True))
     with pytest.raises(ValueError, match=r"lacks weights of the model itself, such as encoder.layer.1"):
         load_model(ModelSpec(model=folder, head="base"))

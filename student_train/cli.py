@@ -1,0 +1,137 @@
+"""The program ``student-train``: train students from a store of a teacher's features.
+
+torch is imported inside the commands that need it, so that ``--help`` answers at once.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from store.errors import StoreError
+
+USAGE = 2
+"""Exit code of anything a user can mend."""
+INTERRUPTED = 130
+
+EXAMPLE = """\b
+A recipe is a YAML file:
+  output: students                    # folder for checkpoints, curves and results
+  phases:
+    - name: kd
+      student: {layers: [2, 4, 6]}    # three of the teacher's blocks
+      data: [{store: bert-store, pass_name: bert}]
+      methods: [{name: hid_seq}, {name: kd, weight: 0.5}]
+      evaluate: [{store: bert-store, split: dev, pass_name: bert}]
+      metrics: [accuracy, agreement]
+      epochs: 3
+"""
+
+_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+
+
+@click.group(epilog="STUDENT-TRAIN COMMAND --help explains each command.", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="teachercache")
+def program() -> None:
+    """Train students from a store of a teacher's features; the teacher itself is not needed any more."""
+
+
+@program.command(epilog=EXAMPLE)
+@_RECIPE
+@_OVERRIDES
+@click.option("--phase", default=None, help="Train this phase alone; those that it starts from must be finished.")
+@click.option("--smoke", is_flag=True, help="Try the recipe: three steps of every phase with few rows, into a folder that is removed.")
+def run(recipe: Path, overrides: tuple[str, ...], phase: str | None, smoke: bool) -> None:
+    """Train the phases of RECIPE in their order, or go on where an earlier run stopped.
+
+    Everything is checked before the first phase starts, down to the features that the last one reads. Each phase runs
+    in a process of its own and ends in OUTPUT/PHASE/student, a plain Hugging Face folder. Finished phases are skipped;
+    an interrupted one goes on from its newest whole checkpoint, with the losses it would have had.
+
+    Several processes train one phase at a time, with the same losses as one:
+    torchrun --nproc-per-node=2 -m student_train.cli run RECIPE --phase NAME
+
+    Options of the recipe can be set on the command line: student-train run train.yaml seed=1 phases.0.batch_rows=16
+    """
+    from store.strict import load_yaml
+    from student_train.recipe import TrainRecipe
+    from student_train.run import PhaseError
+    from student_train.run import run as train
+    from student_train.run import smoke as try_out
+
+    if smoke and phase is not None:
+        raise ValueError("--smoke tries all phases: leave --phase out")
+    loaded = load_yaml(TrainRecipe, recipe, overrides)
+    try:
+        if smoke:
+            try_out(loaded, _command())
+            click.echo(f"{recipe}: {len(loaded.phases)} phases work")
+        else:
+            train(loaded, _command(), phase)
+    except PhaseError as error:  # the phase's own process has said what went wrong
+        sys.exit(error.code)
+
+
+@program.command(hidden=True)
+@_RECIPE
+@click.argument("name")
+def phase(recipe: Path, name: str) -> None:
+    """Train phase NAME of a resolved RECIPE whose run was checked and begun by `run`."""
+    from store.strict import load_yaml
+    from student_train.outline import outline
+    from student_train.output import read_run
+    from student_train.recipe import TrainRecipe
+    from student_train.run import train_phase
+
+    loaded = load_yaml(TrainRecipe, recipe)
+    train_phase(loaded, outline(loaded, loaded.phase(name)), read_run(loaded.output))
+
+
+@program.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...", type=click.Path(path_type=Path))
+@click.option(
+    "--teacher",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="The teacher's folder, for stores that are not made yet; config.json is enough.",
+)
+def needs(recipes: tuple[Path, ...], teacher: Path | None) -> None:
+    """Print what a dump must hold for all RECIPES to run, as lines for a dump recipe.
+
+    One YAML document for each teacher pass: its store, its features (each once, over all recipes), and the blocks that
+    students start from. Follows from the shapes of teacher and students; no weights are read.
+    """
+    from store.strict import load_yaml
+    from student_train.needs import needs as lines
+    from student_train.recipe import TrainRecipe
+
+    click.echo(lines([load_yaml(TrainRecipe, recipe) for recipe in recipes], teacher), nl=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0 done, 2 something to mend (one message on standard error), 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("student_train").setLevel(logging.INFO)
+    try:
+        program.main(arguments, prog_name="student-train", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command goes on from the newest checkpoint.", err=True)
+        sys.exit(INTERRUPTED)
+    except (StoreError, ValueError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(USAGE)
+
+
+def _command() -> tuple[str, ...]:
+    """The command line, for the record of how an output was made."""
+    return ("student-train", *sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Measure a student on held-out rows: the phase's metrics, agreement with a teacher, and the terms of its methods.
+
+Runs in one process (rank 0 of several), without autocast, on masking copy 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from online.batch import Features
+from online.capture import Capture
+from online.collate import collate
+from online.models import forward
+from online.teacher import Teacher
+from store.reader import Store
+from student_train.bundle import Bundle
+from student_train.metrics import COLUMNS, METRICS, student_keys
+
+BATCH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure on."""
+
+    store: Store
+    rows: NDArray[np.int64]
+    """[rows] their numbers; groups are whole and stand together."""
+    teacher: Teacher | None
+    """Answers what the metrics compare with, and what the methods read where ``taught``."""
+    taught: bool
+    """Whether the methods that learn from a teacher are measured."""
+    prefix: str
+    """In front of the names of its scores."""
+
+
+def held_out_rows(store: Store, split: str, limit: int | None) -> NDArray[np.int64]:
+    """Rows of ``split`` in their order, at most ``limit`` (a group is never cut: the last one may go over it).
+
+    Raises:
+        ValueError: the split is unknown or empty.
+    """
+    rows = store.rows.select(split, copy=0)
+    if not len(rows):
+        raise ValueError(f"{store.path}: split {split!r} has no rows to measure on")
+    if limit is not None and limit < len(rows):
+        groups = store.rows.group[rows]
+        rows = rows[: int(np.flatnonzero(groups == groups[limit - 1])[-1]) + 1]
+    return rows
+
+
+def evaluate(bundle: Bundle, metrics: Sequence[str], held_out: Sequence[HeldOut]) -> dict[str, float]:
+    """Score -> value over all ``held_out``: each metric, each loss term (weight * mean) as ``method/term``, and ``loss``, their sum.
+
+    The student is put into eval mode and left in the mode it was in; no random number is drawn.
+    """
+    training = bundle.training
+    bundle.eval()
+    try:
+        scores: dict[str, float] = {}
+        for data in held_out:
+            scores |= {f"{data.prefix}{name}": value for name, value in _scores(bundle, metrics, data).items()}
+        return scores
+    finally:
+        bundle.train(training)
+
+
+@torch.no_grad()
+def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, float]:
+    shape = bundle.loaded.shape
+    device = next(bundle.student.parameters()).device
+    methods = bundle.taking_part(data.taught)
+    keys = student_keys(metrics, shape).union(*(method.student_keys for method in methods.values()))
+    gathered: dict[str, list[Tensor]] = {column: [] for name in metrics for column in METRICS[name].columns}
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for rows in batches(data):
+        batch = collate(data.store, rows).to(device)
+        teacher: Features = {} if data.teacher is None else data.teacher.features(batch, data.teacher.fetch(rows))
+        with Capture(bundle.loaded, keys) as capture:
+            forward(bundle.loaded, batch)
+        student = capture.features(batch)
+        for column, parts in gathered.items():
+            parts.append(COLUMNS[column].gather(student, teacher, batch, shape).double().cpu())
+        for name, count in bundle.counts(batch, data.taught).items():
+            counts[name] = counts.get(name, 0.0) + count
+        for name, method in methods.items():
+            for term, total in method(student, teacher, batch).items():
+                sums[f"{name}/{term}"] = sums.get(f"{name}/{term}", 0.0) + float(total) * bundle.weights[name]
+    columns = {column: torch.cat(parts).numpy() for column, parts in gathered.items()}
+    scores = {name: METRICS[name].compute(*(columns[column] for column in METRICS[name].columns)) for name in metrics}
+    terms = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
+    return {**scores, **({"loss": sum(terms.values())} if terms else {}), **terms}
+
+
+def batches(data: HeldOut) -> Iterator[NDArray[np.int64]]:
+    """About BATCH_ROWS rows at a time, cut between groups."""
+    groups = data.store.rows.group[data.rows]
+    starts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
+    first = 0
+    for end, following in zip(starts[1:], [*starts[2:], None], strict=True):
+        if following is None or following - first > BATCH_ROWS:
+            yield data.rows[first:end]
+            first = end

@@ -1,0 +1,53 @@
+"""What a dump must hold for recipes to run: the lines to put into a dump recipe, from shapes alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from store.features import FeatureKey
+from student_train.outline import Outline, outline
+from student_train.recipe import TrainRecipe
+
+
+def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
+    """YAML for dump recipes, one document for each pass: store, pass_name, features and the blocks that students start from.
+
+    Args:
+        teacher: Folder of the teacher (its configuration is enough), for stores that do not exist yet.
+
+    Raises:
+        ValueError, StoreError: a recipe that does not fit its data or models.
+    """
+    features: dict[tuple[Path, str], set[FeatureKey]] = {}
+    blocks: dict[tuple[Path, str], set[int]] = {}
+    for recipe in recipes:
+        for phase in recipe.phases:
+            one = outline(recipe, phase, teacher)
+            for place, keys in one.passes.items():
+                features.setdefault(place, set()).update(keys)
+            shipped = _shipped(one)
+            if shipped is not None:
+                blocks.setdefault(shipped, set()).update(_blocks(one))
+    if not features:
+        return "# these recipes read no teacher's features\n"
+    documents = []
+    for store, pass_name in sorted(features, key=str):
+        tree: dict[str, object] = {"store": str(store), "pass_name": pass_name}
+        tree["features"] = [str(key) for key in sorted(features[store, pass_name])]
+        if starts := blocks.get((store, pass_name)):
+            tree["ship_layers"] = sorted(starts)
+        documents.append(yaml.safe_dump(tree, sort_keys=False))
+    return "---\n".join(documents)
+
+
+def _shipped(one: Outline) -> tuple[Path, str] | None:
+    """The pass whose blocks the student starts from, where no folder is given."""
+    student = one.phase.student
+    if student.layers is None or student.source is not None:
+        return None
+    return next(((data.store, data.pass_name) for data in one.phase.data if data.pass_name is not None), None)
+
+
+def _blocks(one: Outline) -> tuple[int, ...]:
+    return one.blueprint.blocks or ()

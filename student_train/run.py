@@ -1,0 +1,269 @@
+"""A whole recipe: its phases in sequence, each in a process of its own, each ending in an exported student."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import distributed
+
+from online.models import check_length
+from store.errors import MissingFeature
+from store.features import FeatureKey
+from store.manifest import Provenance
+from store.provenance import provenance
+from store.reader import Store
+from student_train.arguments import training_arguments
+from student_train.bundle import Bundle
+from student_train.data import Source
+from student_train.evaluate import HeldOut, evaluate, held_out_rows
+from student_train.export import Lineage, export
+from student_train.init import build, check_start
+from student_train.methods import parse_method
+from student_train.methods.base import Method
+from student_train.outline import Outline, outline, score_names
+from student_train.output import (
+    finished,
+    locked,
+    phase_folder,
+    read_start,
+    recipe_yaml,
+    refuse_foreign,
+    student_folder,
+    write_result,
+    write_run,
+    write_start,
+)
+from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
+from student_train.teacher import StoredTeacher
+from student_train.train import train
+
+SMOKE_STEPS = 3
+SMOKE_ROWS = 32
+_log = logging.getLogger(__name__)
+
+
+class PhaseError(Exception):
+    """A phase's process ended badly, after it said why; ``code`` is its exit code."""
+
+    def __init__(self, phase: str, code: int) -> None:
+        super().__init__(f"phase {phase!r} ended with exit code {code}")
+        self.code = code
+
+
+def run(recipe: TrainRecipe, command: Sequence[str], only: str | None = None) -> None:
+    """Train the phases of ``recipe`` (or ``only`` one of them) that are not finished yet.
+
+    All of them are checked first, down to the features that they will read. Where several are left, each runs in a
+    fresh process: what one leaves behind in libraries must not reach the next.
+
+    Raises:
+        ValueError, StoreError: the recipe, a store or the output folder does not fit; nothing was written.
+        PhaseError: the process of a phase ended badly.
+    """
+    phases = recipe.phases if only is None else (recipe.phase(only),)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and len(phases) > 1:
+        names = ", ".join(phase.name for phase in phases)
+        raise ValueError(f"a launch of several processes trains one phase: add --phase with one of {names}")
+    refuse_foreign(recipe.output)
+    outlines = check(recipe, phases)
+    left = [one for one in outlines if not finished(recipe, one.phase)]
+    for one in outlines:
+        if one not in left:
+            _log.info("phase %r is finished: %s", one.phase.name, student_folder(recipe, one.phase.name))
+    if not left:
+        return
+    made = provenance(command)
+    if _first():
+        write_run(recipe, made)
+    if len(left) == 1:
+        train_phase(recipe, left[0], made)
+        return
+    with tempfile.TemporaryDirectory(prefix="student-train-") as folder:
+        resolved = Path(folder) / "recipe.yaml"
+        resolved.write_text(recipe_yaml(recipe), encoding="utf-8")
+        for one in left:
+            _in_child(resolved, one.phase.name)
+
+
+def smoke(recipe: TrainRecipe, command: Sequence[str]) -> None:
+    """Three optimiser steps of every phase, measured on few rows, into a folder that is then removed."""
+    with tempfile.TemporaryDirectory(prefix="student-train-smoke-") as folder:
+        run(smoke_recipe(recipe, Path(folder) / "output"), command)
+
+
+def smoke_recipe(recipe: TrainRecipe, output: Path) -> TrainRecipe:
+    """``recipe`` with all phases cut short."""
+
+    def short(phase: PhaseSpec) -> PhaseSpec:
+        kept = {name: value for name, value in phase.trainer.items() if not name.startswith(("save_", "eval_", "logging_"))}
+        trainer = {**kept, "save_strategy": "no", "logging_steps": 1, **({"eval_steps": SMOKE_STEPS} if phase.evaluate else {})}
+        rows = min(phase.evaluate_rows or SMOKE_ROWS, SMOKE_ROWS)
+        return phase.model_copy(update={"steps": SMOKE_STEPS, "epochs": None, "patience": None, "evaluate_rows": rows, "trainer": trainer})
+
+    return recipe.model_copy(update={"phases": tuple(map(short, recipe.phases)), "output": output})
+
+
+def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
+    """Work out ``phases`` and refuse what would only fail later; all that a pass lacks is said in one message.
+
+    Raises:
+        ValueError, StoreError: what does not fit; nothing was written.
+    """
+    outlines = [outline(recipe, phase) for phase in phases]
+    wanted: dict[tuple[Path, str], frozenset[FeatureKey]] = {}
+    for one in outlines:
+        phase = one.phase
+        check_start(one.blueprint)
+        for place, keys in one.passes.items():
+            wanted[place] = wanted.get(place, frozenset()) | keys
+        training_arguments(
+            phase.trainer,
+            f"phase {phase.name!r}",
+            phase_folder(recipe, phase.name) / "checkpoints",
+            seed=recipe.seed,
+            accumulation=phase.accumulation,
+            workers=phase.workers,
+            steps=phase.steps or 1,
+            epoch_steps=1,
+            evaluates=bool(phase.evaluate),
+        )
+    problems = [problem for (path, pass_name), keys in wanted.items() if (problem := _lack(Store.open(path), pass_name, keys))]
+    if problems:
+        raise MissingFeature("\n\n".join(problems))
+    return outlines
+
+
+def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
+    """Train one phase in this process (with those of the other ranks under torchrun) and export its student."""
+    phase, folder = one.phase, phase_folder(recipe, one.phase.name)
+    earlier = phase.student.phase
+    if earlier is not None and not finished(recipe, recipe.phase(earlier)):
+        raise ValueError(f"phase {phase.name!r} starts from phase {earlier!r}, which is not finished: train that first")
+    with locked(folder) if _first() else nullcontext():
+        start = build(one.blueprint, recipe.seed)
+        if _first():
+            for notice in start.notices:
+                _log.warning("phase %r: %s", phase.name, notice)
+        bundle = Bundle(start.student, _methods(one, recipe.seed))
+        stores = {data.store: Store.open(data.store) for data in (*phase.data, *phase.evaluate)}
+        for store in stores.values():
+            check_length(start.student, int(store.rows.length.max()))
+        sources = [_source(one, data, stores[data.store]) for data in phase.data]
+        held_out = [_held_out(one, data, stores[data.store]) for data in phase.evaluate]
+        if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
+            bundle.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+
+        def measure() -> dict[str, float]:
+            return evaluate(bundle, phase.metrics, held_out)
+
+        before = {}
+        if _first():
+            before = read_start(recipe, phase) or measure()
+            write_start(recipe, phase, before)
+        result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None)
+        if _first():
+            after = measure()
+            lineage = Lineage(phase, recipe.seed, _teacher_lines(one, stores), _data_lines(phase, stores), start.notices, made)
+            export(start.student, lineage, before, after, student_folder(recipe, phase.name))
+            write_result(
+                recipe,
+                phase,
+                {
+                    "student": start.student.fingerprint,
+                    "before": dict(before),
+                    "after": dict(after),
+                    "steps": result.steps,
+                    "best_step": result.best_step,
+                    "phase": phase.model_dump(mode="json"),
+                    "made": made.model_dump(mode="json"),
+                },
+            )
+            _log.info("phase %r is finished: %s", phase.name, student_folder(recipe, phase.name))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _lack(store: Store, pass_name: str, keys: frozenset[FeatureKey]) -> str:
+    """What a pass lacks of ``keys``, and how to mend it; empty where all is there."""
+    try:
+        StoredTeacher(store, pass_name, keys)
+    except MissingFeature as error:
+        return str(error)
+    if store.complete(pass_name):
+        return ""
+    done, slots = len(store.committed(pass_name)), store.manifest.rows.slots
+    return f"pass {pass_name} of {store.path} is unfinished ({done} of {slots} shards); start its dump again to go on"
+
+
+def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:
+    """The phase's methods; the weights of their projections follow from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [(spec, parse_method(spec.name, dict(spec.options), one.blueprint.shape, one.teacher)) for spec, _ in one.methods]
+
+
+def _source(one: Outline, data: DataSpec, store: Store) -> Source:
+    teacher = StoredTeacher(store, data.pass_name, one.method_keys) if data in one.taught and data.pass_name is not None else None
+    return Source(store, teacher, data.split, data.weight)
+
+
+def _held_out(one: Outline, data: DataSpec, store: Store) -> HeldOut:
+    rows = held_out_rows(store, data.split, one.phase.evaluate_rows)
+    keys = one.passes.get((data.store, data.pass_name or ""), frozenset())
+    teacher = StoredTeacher(store, data.pass_name, keys) if data.pass_name is not None and keys else None
+    return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data])
+
+
+def _teacher_lines(one: Outline, stores: dict[Path, Store]) -> list[str]:
+    passes = {(data.store, data.pass_name) for data in one.phase.data if data in one.taught}
+    lines = []
+    for path, name in sorted(passes, key=str):
+        info = stores[path].manifest.passes[name or ""]
+        lines.append(
+            f"pass `{name}` of `{path}`: `{info.model}`, {info.shape.family} with {info.shape.layers} blocks, weights `{info.teacher[:16]}`"
+        )
+    return lines
+
+
+def _data_lines(phase: PhaseSpec, stores: dict[Path, Store]) -> list[str]:
+    lines = []
+    for use, specs in (("trained on", phase.data), ("measured on", phase.evaluate)):
+        for data in specs:
+            rows = stores[data.store].manifest.rows
+            lines.append(f"{use} split `{data.split}` of `{data.store}`: {rows.splits[data.split]:,} rows, corpus `{rows.corpus[:16]}`")
+    return lines
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _in_child(recipe: Path, phase: str) -> None:
+    """Train a phase in a fresh process that ends when this one is told to."""
+    child = subprocess.Popen([sys.executable, "-m", "student_train.cli", "phase", str(recipe), phase])
+    with _ending(child):
+        code = child.wait()
+    if code:
+        raise PhaseError(phase, code if code > 0 else 128 - code)
+
+
+@contextmanager
+def _ending(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:  # interrupted from the keyboard: the child got the signal too
+            child.wait()

@@ -1,0 +1,169 @@
+"""What a dump would write and cost, said before any of it is done."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from store import layout
+from store.errors import FingerprintMismatch, StoreError
+from store.features import FeatureKey
+from store.manifest import Provenance
+from store.provenance import provenance
+from store.reader import Store
+from teacher_dump.accuracy import derived_errors, sample
+from teacher_dump.cost import Cost, cost_of
+from teacher_dump.dump import AHEAD, RESERVE, ensure_rows, requested
+from teacher_dump.figures import duration, size, table
+from teacher_dump.recipe import DumpRecipe, StoreDtype
+from teacher_dump.teacher import TeacherPass, load_pass
+from teacher_dump.timing import Timing, measure
+
+_TYPES: tuple[StoreDtype, ...] = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class _Findings:
+    store: Store
+    """The store itself, or a scratch copy of its rows."""
+    teacher: TeacherPass
+    cost: Cost
+    pending: list[int]
+    timing: Timing
+    errors: dict[StoreDtype, dict[str, float] | str]
+    """Stored type -> relative error of each derived feature, or why it cannot be used."""
+    present: bool
+    """Whether the store has its rows."""
+
+
+def plan(recipe: DumpRecipe, command: Sequence[str]) -> str:
+    """A report on what `run` would do with ``recipe``; nothing below its store is touched.
+
+    Raises:
+        ValueError, StoreError: what `run` would refuse.
+    """
+    tokenizer, requests = requested(recipe)
+    made = provenance(command)
+    with _rows(recipe, tokenizer, made) as (path, scratch):
+        store = Store.open(path)
+        teacher = load_pass(recipe, requests, store.rows, made)
+        _refuse_other_pass(recipe, store, teacher)
+        cost = cost_of(store, recipe, teacher, teacher.statics())
+        done = store.committed(recipe.pass_name)
+        pending = [shard for shard in range(store.manifest.rows.slots) if shard not in done]
+        timing = measure(teacher, store, pending, cost.shards(pending), recipe.batch_tokens, scratch)
+        findings = _Findings(store, teacher, cost, pending, timing, _errors(recipe, teacher, store), path == recipe.store)
+        return "\n".join(_report(recipe, findings))
+
+
+@contextmanager
+def _rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, made: Provenance) -> Iterator[tuple[Path, Path]]:
+    """A store with the rows of ``recipe``, its own or one that is built beside it and removed, and a folder to try the disk."""
+    folder = next(parent for parent in recipe.store.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".teacher-dump-plan-", dir=folder) as scratch:
+        path = recipe.store
+        if not layout.manifest(path).exists():
+            if path.is_file() or (path.is_dir() and any(path.iterdir()) and not layout.building(path).exists()):
+                raise StoreError(f"expected an empty or new folder for the store, but {path} holds something else; give another folder")
+            path = Path(scratch) / "store"
+        ensure_rows(recipe, tokenizer, path, made)
+        yield path, Path(scratch)
+
+
+def _refuse_other_pass(recipe: DumpRecipe, store: Store, teacher: TeacherPass) -> None:
+    known = store.manifest.passes.get(recipe.pass_name)
+    for field in ("teacher", "dtype", "requested", "features", "shipped") if known else ():
+        if getattr(known, field) != getattr(teacher.info, field):
+            raise FingerprintMismatch(f"{store.path} has a pass {recipe.pass_name} with another {field}; give this one another pass_name")
+
+
+def _errors(recipe: DumpRecipe, teacher: TeacherPass, store: Store) -> dict[StoreDtype, dict[str, float] | str]:
+    """Errors of derived features at each stored type."""
+    batches = sample(store, recipe.batch_tokens)
+    errors: dict[StoreDtype, dict[str, float] | str] = {}
+    for dtype in _TYPES:
+        try:
+            errors[dtype] = derived_errors(teacher, batches, dtype)
+        except ValueError as error:
+            errors[dtype] = str(error)
+    return errors
+
+
+def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
+    info, teacher, cost = found.store.manifest.rows, found.teacher, found.cost
+    splits = ", ".join(f"{number:,} {name}" for name, number in info.splits.items())
+    yield f"plan of pass {recipe.pass_name} in {recipe.store}; nothing was written"
+    yield f"\nrows: {info.rows:,} ({splits}), {info.tokens:,} tokens in {info.slots:,} shards of up to {info.slot_tokens:,}"
+    yield "\nstored:"
+    lines = [("", "type", "one unit", "bytes/token", "in all", "rounding error")]
+    for spec in teacher.specs:
+        all_bytes = int(cost.features[spec.feature].sum())
+        error = "exact" if spec.error == 0 else f"{spec.error:.1e} relative"
+        dtype = teacher.plan.stored[spec.feature]
+        unit = f"{spec.unit_bytes:,} B a {_unit(spec.feature)}"
+        lines.append((str(spec.feature), dtype, unit, f"{all_bytes / info.tokens:,.1f}", size(all_bytes), error))
+    lines.append(("all", "", "", f"{cost.shards() / info.tokens:,.1f}", size(cost.shards()), ""))
+    yield table(lines, right="234")
+    if teacher.plan.derived:
+        yield "\nderived from it when read, with the relative error against the live teacher on a few rows:"
+        yield table(_derived(found), right="234")
+        yield from (f"  {dtype}: {why}" for dtype, why in found.errors.items() if isinstance(why, str))
+    yield "\ndisk:"
+    yield table(
+        [
+            ("features", size(cost.shards()), "checksums, shard indexes and chunk ends included"),
+            ("rows", size(cost.rows), "in the store already" if found.present else "token arrays and row table"),
+            ("weights", size(cost.statics), "what derivations multiply by, once"),
+            ("model", size(cost.model), f"configuration, tokenizer{', blocks to start students from' if teacher.info.shipped else ''}"),
+            ("records", size(cost.records), "metadata, manifest and commit log"),
+            ("total", size(cost.total), f"{cost.total:,} bytes, the length of every file that this pass and its rows have in the end"),
+        ],
+        right="1",
+    )
+    yield from _needs(recipe, found)
+
+
+def _derived(found: _Findings) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [("", "from", *_TYPES)]
+    for key, sources in found.teacher.plan.derived.items():
+        shown = []
+        for dtype in _TYPES:
+            errors = found.errors[dtype]
+            shown.append("-" if isinstance(errors, str) else f"{errors[str(key)]:.1e}")
+        lines.append((str(key), ", ".join(map(str, sources)), *shown))
+    return lines
+
+
+def _needs(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
+    cost, timing, device = found.cost, found.timing, found.teacher.device
+    known = recipe.pass_name in found.store.manifest.passes
+    needed = cost.shards(found.pending) if known else cost.added if found.present else cost.total
+    folder = next(parent for parent in (recipe.store.absolute(), *recipe.store.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    fits = "enough" if needed + RESERVE <= free else f"NOT ENOUGH: {size(needed + RESERVE - free)} short, `run` will refuse"
+    shards = found.store.manifest.rows.slots
+    if known:
+        yield f"\nthe store has {shards - len(found.pending):,} of {shards:,} shards of this pass; {size(needed)} are left to write"
+    yield f"free disk: {size(free)}, to write: {size(needed)}; {fits}"
+    tokens = int(found.store.rows.slot_tokens[found.pending].sum())
+    if not tokens:
+        return
+    where = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    yield (
+        f"time: {duration(timing.seconds)} at {tokens / max(timing.seconds, 1e-9):,.0f} tokens/s, "
+        f"measured on {timing.batches} real batches ({where}), after building rows and loading the teacher"
+    )
+    in_flight = (2 + AHEAD) * int(max(sum(int(sizes[shard]) for sizes in cost.features.values()) for shard in found.pending))
+    gpu = f", and {size(timing.device_memory)} on the GPU" if timing.device_memory else ""
+    yield f"memory: up to {size(timing.memory + in_flight)}, of which {size(in_flight)} are shards waiting to be written{gpu}"
+
+
+def _unit(key: FeatureKey) -> str:
+    if key.per_row:
+        return "row"
+    return "token" if key.positions == "all" else "labelled token"

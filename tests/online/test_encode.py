@@ -1,0 +1,190 @@
+"""The device half of the codecs against their NumPy half and against float64."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from online import vocabulary
+from online.batch import IGNORED, Batch, Selected, TopK
+from online.encode import assemble, encode
+from online.vocabulary import top_k
+from store import codecs
+from store.features import Dtype, FeatureKey
+
+DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
+LENGTHS = (5, 2, 7)
+
+
+def batch(vocab: int = 40) -> Batch:
+    length_B = torch.tensor(LENGTHS)
+    mask = torch.arange(8) < length_B[:, None]
+    ids = torch.randint(vocab, mask.shape)
+    labels = torch.where(mask & (torch.rand(mask.shape) < 0.5), ids, IGNORED)
+    labels[0, 0] = ids[0, 0]
+    rows = torch.tensor([11, 4, 27])
+    return Batch(rows, ids, mask, None, None, None, labels, None, rows)
+
+
+def values(key: FeatureKey, batch: Batch, width: int) -> Tensor:
+    """Random values as Capture gives them: ``all`` with something on padding."""
+    lead = {"all": batch.mask.shape, "labels": (int(batch.labelled.sum()),)}.get(key.positions, (len(batch.rows),))
+    return torch.randn(*lead, width) * 3
+
+
+def packed(key: FeatureKey, value: Tensor, batch: Batch) -> NDArray[np.float32]:
+    return (value[batch.mask] if key.positions == "all" else value).numpy()
+
+
+def packed_labels(key: FeatureKey, batch: Batch) -> NDArray[np.int64]:
+    assert batch.token_labels is not None
+    if key.positions == "last":
+        return batch.token_labels[torch.arange(3), batch.lengths - 1].numpy()
+    return batch.token_labels[batch.mask if key.positions == "all" else batch.labelled].numpy()
+
+
+def equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> None:
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["hidden.1", "hidden.1@first", "hidden.1@mean", "head_input@labels", "task_logits@row"])
+def test_casting_on_the_device_gives_the_bits_that_numpy_gives(name: str, dtype: Dtype) -> None:
+    key, rows = FeatureKey.parse(name), batch()
+    value = values(key, rows, 6)
+    spec = codecs.feature_spec(key, dtype, 6)
+    equal(encode(key, value, rows, spec), codecs.encode(spec, packed(key, value, rows)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["lm_logits@labels:select", "lm_logits:select", "lm_logits@last:select"])
+@pytest.mark.parametrize("ids", [(), (3, 39, 0)])
+def test_selected_logits_are_those_that_numpy_selects(name: str, dtype: Dtype, ids: tuple[int, ...]) -> None:
+    key, rows = FeatureKey.parse(name), batch()
+    value = values(key, rows, 40)
+    spec = codecs.feature_spec(key, dtype, 40, ids)
+    found, expected = encode(key, value, rows, spec), codecs.encode(spec, packed(key, value, rows), packed_labels(key, rows))
+    np.testing.assert_allclose(found.pop("log_sum_exp"), expected.pop("log_sum_exp"), rtol=1e-6)
+    equal(found, expected)
+
+
+@pytest.mark.parametrize("chunk", [40, 120, 1 << 24])
+@pytest.mark.parametrize("name", ["lm_logits@labels:top7", "lm_logits:top40", "lm_logits@last:top1"])
+def test_likeliest_words_are_those_that_numpy_finds_also_among_equals(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", chunk)
+    key, rows = FeatureKey.parse(name), batch()
+    value = values(key, rows, 40).round()
+    spec = codecs.feature_spec(key, "float32", 40)
+    found, expected = encode(key, value, rows, spec), codecs.encode(spec, packed(key, value, rows))
+    np.testing.assert_array_equal(found["ids"], expected["ids"])
+    assert found["ids"].dtype == np.uint16
+    for part in ("log_probs", "log_tail"):
+        assert found[part].dtype == np.float32
+        np.testing.assert_allclose(found[part], expected[part], rtol=2e-6, atol=2e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(
+        st.sampled_from([-60.0, -1.0, 0.0, 0.5, 0.5 + 2**-20, 3.0, 40.0, 90.0]) | st.floats(-80, 80, width=32), min_size=2, max_size=12
+    ),
+    data=st.data(),
+)
+def test_tail_mass_is_exact_however_peaked_the_words_are(logits: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(logits)))
+    found = top_k(torch.tensor([logits]), k)
+    exact = np.array(logits, np.float32).astype(np.float64)
+    order = np.argsort(-exact, kind="stable")
+    log_sum = np.logaddexp.reduce(exact)
+    assert found.ids[0].tolist() == order[:k].tolist()
+    np.testing.assert_allclose(found.log_probs[0], exact[order[:k]] - log_sum, atol=2e-5, rtol=2e-6)
+    if k == len(logits):
+        assert float(found.log_tail) == np.finfo(np.float32).min
+    else:
+        np.testing.assert_allclose(found.log_tail[0], np.logaddexp.reduce(exact[order[k:]]) - log_sum, atol=2e-5, rtol=2e-6)
+
+
+def test_the_mass_of_kept_words_and_tail_is_one_in_half_precision_too() -> None:
+    found = top_k((torch.randn(50, 3000) * 4).bfloat16(), 64)
+    torch.testing.assert_close(found.log_probs.exp().sum(-1) + found.log_tail.exp(), torch.ones(50), atol=1e-5, rtol=0)
+
+
+def test_more_words_than_the_vocabulary_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="the vocabulary has 3 words"):
+        top_k(torch.zeros(1, 3), 4)
+
+
+@pytest.mark.parametrize("name", ["hidden.1", "hidden.1@mean", "head_input@labels"])
+def test_what_is_read_back_is_bit_for_bit_what_was_captured_with_zeros_on_padding(name: str) -> None:
+    key, rows = FeatureKey.parse(name), batch()
+    value = values(key, rows, 6)
+    spec = codecs.feature_spec(key, "float32", 6)
+    back = assemble(key, spec, encode(key, value, rows, spec), rows)
+    assert isinstance(back, Tensor)
+    assert torch.equal(back, torch.where(rows.mask[..., None], value, 0.0) if key.positions == "all" else value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_within_the_declared_error(dtype: Dtype) -> None:
+    key, rows = FeatureKey("hidden", 1), batch()
+    value = values(key, rows, 64)
+    spec = codecs.feature_spec(key, dtype, 64)
+    back = assemble(key, spec, encode(key, value, rows, spec), rows)
+    assert isinstance(back, Tensor)
+    assert back.dtype == torch.float32
+    assert ((back - value).abs() <= spec.error * value.abs() + 1e-7)[rows.mask].all()
+
+
+@pytest.mark.parametrize("positions", ["all", "labels", "first"])
+def test_words_are_read_back_with_the_leading_shape_of_their_positions(positions: str) -> None:
+    rows = batch()
+    lead = {"all": rows.mask.shape, "labels": (int(rows.labelled.sum()),), "first": (3,)}[positions]
+    top, chosen = FeatureKey("lm_logits", None, positions, "top3"), FeatureKey("lm_logits", None, positions, "select")
+    value = values(top, rows, 40)
+    spec = codecs.feature_spec(top, "float32", 40)
+    likeliest = assemble(top, spec, encode(top, value, rows, spec), rows)
+    assert isinstance(likeliest, TopK)
+    assert likeliest.ids.dtype == torch.int64
+    assert (likeliest.ids.shape, likeliest.log_probs.shape, likeliest.log_tail.shape) == ((*lead, 3), (*lead, 3), lead)
+    spec = codecs.feature_spec(chosen, "float32", 40, (5, 2))
+    selected = assemble(chosen, spec, encode(chosen, value, rows, spec), rows)
+    assert isinstance(selected, Selected)
+    assert selected.ids.tolist() == [5, 2]
+    assert (selected.logits.shape, selected.true_logit.shape, selected.log_sum_exp.shape) == ((*lead, 2), lead, lead)
+
+
+@pytest.mark.parametrize(
+    ("bad", "dtype", "message"),
+    [
+        (7e4, "float16", r"7e\+04 does not fit float16, whose largest number is 6.55e\+04; store it with dtype: bfloat16"),
+        (float("nan"), "float32", "the teacher answers NaN or infinity"),
+        (float("inf"), "bfloat16", "the teacher answers NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize(("name", "place"), [("hidden.1", (2, 3)), ("hidden.1@last", (2,)), ("head_input@labels", (-1,))])
+def test_a_number_that_is_not_finite_as_stored_names_row_and_feature(
+    bad: float, dtype: Dtype, message: str, name: str, place: tuple[int, ...]
+) -> None:
+    key, rows = FeatureKey.parse(name), batch()
+    assert rows.token_labels is not None
+    rows.token_labels[2, 6] = 1
+    value = values(key, rows, 6)
+    value[place][1] = bad
+    spec = codecs.feature_spec(key, dtype, 6)
+    with pytest.raises(ValueError, match=rf"{key} of row 27 \(b.txt, record 2\): .*{message}"):
+        encode(key, value, rows, spec, ["a.txt", "a.txt", "b.txt, record 2"])
+
+
+def test_padding_may_hold_anything() -> None:
+    key, rows = FeatureKey("hidden", 1), batch()
+    value = values(key, rows, 6).masked_fill(~rows.mask[..., None], torch.nan)
+    spec = codecs.feature_spec(key, "float16", 6)
+    assert np.isfinite(encode(key, value, rows, spec)[""]).all()

@@ -1,0 +1,101 @@
+"""Plain Zarr software reads a store without our code."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from small_store import GROUPS, SPECS, Made, answers, make_rows, pass_info
+
+from store import Store, StoreWriter, layout
+
+ROOT = Path(__file__).parents[2]
+
+
+def expected(made: Made, name: str) -> np.ndarray:
+    """The array ``name`` below the pass as a whole, NaN (or 0 for ids) where nothing is stored."""
+    store = Store.open(made.path)
+    info = store.manifest.rows
+    for feature in SPECS:
+        for array in feature.arrays:
+            if layout.array_name(feature.feature, array.name) != name:
+                continue
+            values = made.values[feature.key, array.name]
+            fill = 0x7FC0 if array.dtype == "bfloat16" else 0 if array.name == "ids" else np.nan
+            whole = np.full((info.slots * info.slot_tokens, array.width), fill, values[0].dtype)
+            start, _, _ = store.rows.units(feature.feature.positions)
+            for row, value in enumerate(values):
+                first = store.rows.slot[row] * info.slot_tokens + start[row]
+                whole[first : first + len(value)] = value
+            return whole
+    raise KeyError(name)
+
+
+NAMES = [layout.array_name(feature.feature, array.name) for feature in SPECS for array in feature.arrays]
+
+
+def with_tensorstore(path: Path) -> np.ndarray:
+    tensorstore = pytest.importorskip("tensorstore")
+    return tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}, open=True).result().read().result()
+
+
+def with_zarr(path: Path) -> np.ndarray:
+    return np.asarray(zarr.open_array(str(path), mode="r")[:])
+
+
+def with_zarrs(path: Path) -> np.ndarray:
+    pytest.importorskip("zarrs")
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        return with_zarr(path)
+
+
+Read = Callable[[Path], np.ndarray]
+
+
+@pytest.mark.parametrize("read", [with_zarr, with_zarrs, with_tensorstore])
+def test_three_readers_give_the_same_values_and_nan_for_what_is_missing(made: Made, read: Read) -> None:
+    for name in NAMES:
+        np.testing.assert_array_equal(read(made.path / "bert" / name), expected(made, name))
+    ids = read(made.path / "tokens" / "input_ids")
+    assert ids[:30].tolist() == made.rows[0].input_ids.tolist()
+    np.testing.assert_array_equal(read(made.path / "static" / "bert" / "1.query.weight"), np.arange(64.0).reshape(8, 8))
+
+
+@pytest.mark.parametrize("read", [with_zarr, with_zarrs, with_tensorstore])
+def test_a_shard_that_is_not_there_reads_as_nan(tmp_path: Path, read: Read) -> None:
+    made = make_rows(tmp_path / "store", GROUPS)
+    with StoreWriter.open(made.path) as writer:
+        writer.add_pass("bert", pass_info(), {})
+        writer.commit("bert", 1, answers(made, 1, SPECS, writer.rows.slot))
+    final = read(made.path / "bert" / "final" / "first")
+    assert not np.isnan(final[128]).any()
+    assert np.isnan(np.delete(final, 128, axis=0)).all()
+    bits = read(made.path / "bert" / "hidden.1" / "all")
+    assert (bits[:128] == 0x7FC0).all()
+
+
+def test_the_whole_store_opens_as_a_zarr_group(made: Made) -> None:
+    group = zarr.open_group(str(made.path), mode="r")
+    arrays = {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
+    assert arrays == {*(f"bert/{name}" for name in NAMES), "tokens/input_ids", "tokens/segments", "tokens/token_labels",
+                      "static/bert/1.query.weight", "static/bert/1.query.bias"}  # fmt: skip
+    hidden = group["bert/hidden.1/all"]
+    assert hidden.attrs["true_dtype"] == "bfloat16"
+    assert hidden.attrs["key"] == "bert/hidden.1@all"
+    assert sorted(zarr.open_group(str(made.path / "bert"), mode="r").group_keys()) == ["final", "hidden.1", "lm_logits"]
+
+
+def test_the_example_in_the_format_page_runs(made: Made) -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[0]
+    assert code.count("\n") <= 12
+    script = code.replace("/data/store", str(made.path)) + "\nprint(hidden.dtype, hidden.shape, hidden.tobytes().hex())"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=made.path.parent, check=False)
+    assert run.returncode == 0, run.stderr
+    stored = made.values["hidden.1@all", ""][3].astype(np.uint32)
+    floats = (stored << 16).view(np.float32)
+    assert run.stdout.split("\n")[-2] == f"float32 {floats.shape} {floats.tobytes().hex()}"

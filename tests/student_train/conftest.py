@@ -1,0 +1,64 @@
+"""What the tests of the trainer share."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _module(name: str) -> ModuleType:
+    """The script ``name`` beside this file as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The script ``tiny_run.py`` as a module."""
+    return _module("tiny_run")
+
+
+@pytest.fixture(scope="session")
+def stores() -> ModuleType:
+    """The script ``tiny_stores.py`` as a module."""
+    return _module("tiny_stores")
+
+
+@pytest.fixture(scope="session")
+def taught(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 48 rows with the pass ``bert``."""
+    path: Path = tmp_path_factory.mktemp("stores") / "taught"
+    tiny.write_rows(path)
+    tiny.write_teacher(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def untaught(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 32 other rows, without features."""
+    path: Path = tmp_path_factory.mktemp("stores") / "untaught"
+    tiny.write_rows(path, rows=32, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentiment(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of labelled sentences, splits train and dev, with the pass ``tiny`` of a classifier whose folder is gone."""
+    folder: Path = tmp_path_factory.mktemp("sentiment")
+    path: Path = stores.write_store(folder, "classification", ["task_logits@row", "hidden.2@all", "hidden.4@all"])
+    (folder / "teacher").rename(folder / "renamed away")
+    return path
+
+
+@pytest.fixture(scope="session")
+def words(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of masked sentences with the pass ``tiny`` of a masked language model, which lies beside it in ``teacher``."""
+    features = ["lm_logits@labels", "hidden.4@all", "final@mean"]
+    path: Path = stores.write_store(tmp_path_factory.mktemp("words"), "masked_lm", features, objective="mlm")
+    return path

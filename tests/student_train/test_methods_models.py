@@ -1,0 +1,125 @@
+"""Every method on real models: their features fit, its gradient reaches the student's weights, padding changes nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import pad
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from online.batch import IGNORED, Batch
+from online.capture import Capture
+from online.models import LoadedModel, forward
+from online.teacher import LiveTeacher
+from store.shape import Head
+from student_train.methods import METHODS, parse_method
+from student_train.methods.base import Method
+
+CLASSES: dict[tuple[str, Head], type[PreTrainedModel]] = {
+    ("bert", "masked_lm"): BertForMaskedLM,
+    ("bert", "classification"): BertForSequenceClassification,
+    ("bert", "token_classification"): BertForTokenClassification,
+    ("bert", "multiple_choice"): BertForMultipleChoice,
+    ("llama", "causal_lm"): LlamaForCausalLM,
+    ("llama", "classification"): LlamaForSequenceClassification,
+}
+CASES: list[tuple[str, dict[str, object], str, Head]] = [
+    ("task_loss", {}, "llama", "classification"),
+    ("lm_loss", {}, "llama", "causal_lm"),
+    ("kd", {}, "bert", "classification"),
+    ("kd", {}, "bert", "multiple_choice"),
+    ("kd", {}, "bert", "token_classification"),
+    ("lm_kd", {"temperature": 2.0}, "bert", "masked_lm"),
+    ("lm_kd", {"top": 5, "positions": "all"}, "llama", "causal_lm"),
+    ("hid_cls", {}, "llama", "causal_lm"),
+    ("hid_seq", {}, "bert", "masked_lm"),
+    ("att_mse", {}, "llama", "causal_lm"),
+    ("att_kl", {}, "bert", "masked_lm"),
+    ("val_kl", {}, "llama", "causal_lm"),
+    ("minilm", {}, "llama", "causal_lm"),
+    ("minilmv2", {}, "bert", "masked_lm"),
+    ("minilmv2", {}, "llama", "causal_lm"),
+    ("tinybert", {}, "bert", "masked_lm"),
+    ("distilbert", {"cosine": 0}, "bert", "masked_lm"),
+    ("sentence", {"mse": 1, "similarity": 1}, "bert", "masked_lm"),
+    ("match", {"site": "head_input", "projection": "linear"}, "llama", "causal_lm"),
+    ("match", {"site": "attention_probs", "distance": "cosine"}, "llama", "causal_lm"),
+    ("match", {"site": "input", "form": "relation", "distance": "kl"}, "llama", "causal_lm"),
+]
+
+
+def tiny(family: str, head: Head, *, layers: int, width: int, seed: int) -> LoadedModel:
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=30, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=24, initializer_range=0.3
+    )
+    labels = dict(num_labels=1 if head == "multiple_choice" else 3, pad_token_id=0)
+    config: PretrainedConfig
+    if family == "bert":
+        config = BertConfig(**sizes, **labels, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    else:
+        config = LlamaConfig(**sizes, **labels, num_key_value_heads=2, max_position_embeddings=32)
+    return LoadedModel.of(CLASSES[family, head](config).eval(), head)
+
+
+def make_batch(head: Head, family: str) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    ids, mask = torch.randint(1, 30, (4, 8), generator=generator), torch.arange(8) < torch.tensor([[8], [3], [6], [1]])
+    ids = ids * mask
+    labels, token_labels = torch.tensor([0, 1, 2, 1]), torch.full((4, 8), IGNORED)
+    if head == "causal_lm":
+        token_labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORED)
+    else:
+        token_labels[0, [1, 4]], token_labels[2, 3] = torch.tensor([2, 1]), 0
+    segments = torch.zeros_like(ids) if family == "bert" else None
+    row_labels = torch.tensor([0, 1, 1, 0]) if head == "multiple_choice" else labels
+    return Batch(torch.arange(4), ids, mask, segments, None, None, token_labels, row_labels, torch.tensor([0, 0, 1, 1]))
+
+
+def longer(batch: Batch) -> Batch:
+    changes = {
+        f.name: pad(v, (0, 8)) for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor) and v.dim() == 2
+    }
+    assert batch.token_labels is not None
+    return dataclasses.replace(batch, **changes | {"token_labels": pad(batch.token_labels, (0, 8), value=IGNORED)})
+
+
+def step(method: Method, student: LoadedModel, teacher: LoadedModel, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    """The method's loss on one batch, and its gradients in the student's and its own weights."""
+    answers = LiveTeacher(teacher, method.teacher_keys).features(batch, {}) if method.teacher_keys else {}
+    with Capture(student, method.student_keys, grad=True) as capture:
+        forward(student, batch)
+        features = capture.features(batch)
+    counts = method.counts(batch)
+    loss = torch.stack([total / counts[term] for term, total in method(features, answers, batch).items()]).sum()
+    weights = [*student.model.parameters(), *method.parameters()]
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    return loss.item(), [gradient for gradient in gradients if gradient is not None]
+
+
+def test_every_method_meets_a_real_model() -> None:
+    assert {case[0] for case in CASES} == set(METHODS)
+
+
+@pytest.mark.parametrize(("name", "options", "family", "head"), CASES)
+def test_gradients_reach_a_real_student_and_padding_changes_nothing(name: str, options: dict[str, object], family: str, head: Head) -> None:
+    teacher, student = tiny(family, head, layers=4, width=24, seed=1), tiny(family, head, layers=2, width=16, seed=2)
+    method, batch = parse_method(name, options, student.shape, teacher.shape), make_batch(head, family)
+    loss, gradients = step(method, student, teacher, batch)
+    assert loss > 0
+    assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0
+    padded_loss, padded_gradients = step(method, student, teacher, longer(batch))
+    assert padded_loss == pytest.approx(loss, rel=2e-5, abs=1e-6)
+    for one, other in zip(gradients, padded_gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-5)

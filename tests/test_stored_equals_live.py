@@ -1,0 +1,362 @@
+"""The reason to trust a cache: what a student learns from a store is, to the bit, what it learns from the live teacher.
+
+Everything here is real: a teacher folder, rows from text, a dump, a student, its loss and gradients. Batches of training
+differ from those of the dump in size, order and company.
+"""
+
+import functools
+import json
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import BertConfig, ModernBertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+
+from online.batch import Batch, Features, Value, bucket, dense
+from online.collate import collate
+from online.derive import PAIRWISE
+from online.models import HEADS, LoadedModel, ModelSpec, load_model
+from online.planner import Units
+from online.teacher import LiveTeacher
+from store.errors import MissingFeature
+from store.features import FeatureKey
+from store.reader import Store
+from store.shape import Head
+from store.strict import parse
+from student_train.bundle import Bundle
+from student_train.methods import METHODS, parse_method
+from student_train.recipe import MethodSpec
+from student_train.teacher import StoredTeacher
+from teacher_dump.dump import build_rows, dump
+from teacher_dump.recipe import DumpRecipe
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = tuple(f"w{number}" for number in range(59))
+SIZES = {"vocab_size": len(SPECIAL) + len(WORDS), "pad_token_id": 0, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A teacher and rows for it.
+
+    BLAS rounds products of fewer than four rows in another way, so what a head makes of whole rows is compared where
+    neither batch is that small.
+    """
+
+    head: Head
+    config: Callable[..., PreTrainedConfig]
+    rows: dict[str, Any]
+    batch_tokens: int = 192
+
+
+def qwen(**sizes: int) -> PreTrainedConfig:
+    return Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False)
+
+
+SETTINGS = {
+    "mlm": Setting("masked_lm", BertConfig, {"objective": "mlm", "mask_probability": 0.4}),
+    "modern": Setting("masked_lm", lambda **sizes: ModernBertConfig(**sizes, local_attention=6), {"objective": "mlm"}),
+    "class": Setting("classification", BertConfig, {"label": {"column": "label", "classes": ["a", "b", "c"]}, "slot_tokens": 1024}, 416),
+    "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
+    "packed": Setting("causal_lm", qwen, {"objective": "causal", "long": "pack", "max_length": 32}),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "eos_token": "[SEP]",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=["input_ids", "attention_mask"], **names)
+
+
+def tiny_model(setting: Setting, layers: int, seed: int) -> PreTrainedModel:
+    """A random model with noise on every weight."""
+    torch.manual_seed(seed)
+    config = setting.config(**{**SIZES, "num_hidden_layers": layers})
+    config.num_labels = 3
+    model = HEADS[setting.head].from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return model
+
+
+@dataclass
+class Lab:
+    """A teacher on disk, text, and one store to which dumps add passes."""
+
+    folder: Path
+    teacher: Path
+    head: Head
+    rows: dict[str, Any]
+    batch_tokens: int
+    student: Callable[[], PreTrainedModel]
+
+    def __post_init__(self) -> None:
+        self.loaded = load_model(ModelSpec(model=self.teacher, head=self.head))
+        self.shape = self.loaded.shape
+        self.passes: dict[tuple[frozenset[FeatureKey], str], str] = {}
+        build_rows(self.recipe("none", ()), ("test",))
+        self.store = self.reopened()
+
+    def recipe(self, pass_name: str, features: Iterable[FeatureKey], dtype: str = "float32") -> DumpRecipe:
+        tree = {
+            "store": str(self.folder / "store"), "pass_name": pass_name, "dtype": dtype, "batch_tokens": self.batch_tokens, "device": "cpu",
+            "teacher": {"model": str(self.teacher), "head": self.head}, "rows": self.rows, "features": sorted(map(str, features)),
+        }  # fmt: skip
+        return parse(DumpRecipe, tree, "test")
+
+    def dump(self, wanted: frozenset[FeatureKey], dtype: str = "float32") -> StoredTeacher:
+        """The stored teacher for ``wanted``, after its dump."""
+        if (wanted, dtype) not in self.passes:
+            name = self.passes[wanted, dtype] = f"pass-{len(self.passes)}"
+            dump(self.recipe(name, wanted, dtype), ("test",))
+        return StoredTeacher(self.folder / "store", self.passes[wanted, dtype], wanted)
+
+    def live(self, wanted: frozenset[FeatureKey]) -> LiveTeacher:
+        return LiveTeacher(self.loaded, wanted, Units.average(self.store.rows))
+
+    def reopened(self) -> Store:
+        """The store with all passes dumped so far."""
+        return Store.open(self.folder / "store")
+
+    def some_rows(self, padded: int | None, number: int) -> NDArray[np.int64]:
+        """Rows of one padded length, or of any, in random order."""
+        rows = np.random.default_rng(3).permutation(len(self.store.rows))
+        return np.array([row for row in rows if padded in (None, bucket(int(self.store.rows.length[row])))][:number])
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
+    made: dict[str, Lab] = {}
+
+    def lab(name: str) -> Lab:
+        if name not in made:
+            setting, folder = SETTINGS[name], tmp_path_factory.mktemp(name)
+            random = np.random.default_rng(0)
+            lengths = random.permutation([*range(4, 14)] * 2 + [*range(17, 30)] * 2)
+            records = [{"text": " ".join(random.choice(WORDS, length)), "label": "abc"[n % 3]} for n, length in enumerate(lengths)]
+            (folder / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
+            tiny_model(setting, 4, seed=1).save_pretrained(folder / "teacher")
+            tokenizer().save_pretrained(folder / "teacher")
+            rows = {"sources": [{"files": str(folder / "text.jsonl")}], "slot_tokens": 512, **setting.rows}
+            student = functools.partial(tiny_model, setting, 2, seed=2)
+            made[name] = Lab(folder, folder / "teacher", setting.head, rows, setting.batch_tokens, student)
+        return made[name]
+
+    return lab
+
+
+def both(lab: Lab, wanted: frozenset[FeatureKey], rows: NDArray[np.int64], dtype: str = "float32") -> tuple[Batch, Features, Features]:
+    """A batch, and what store and model answer for it."""
+    stored = lab.dump(wanted, dtype)
+    live, batch = lab.live(wanted), collate(lab.store, rows)
+    return batch, stored.features(batch, stored.fetch(rows)), live.features(batch, live.fetch(rows))
+
+
+def tensors(value: Value) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+ATTENTION = ("attention_scores.2", "attention_probs.4", "value.4")
+EVERYWHERE = (
+    *ATTENTION,
+    "query.1",
+    "key.1",
+    "input.1",
+    "value.3",
+    "hidden.0",
+    "hidden.3",
+    "final",
+    "hidden.2@first",
+    "hidden.4@mean",
+    "hidden.4@last",
+)
+WORDS_AT_LABELS = ("lm_logits@labels", "lm_logits@labels:top8", "hidden.4@mean")
+FEATURES = [(name, ATTENTION) for name in SETTINGS] + [(name, EVERYWHERE) for name in SETTINGS]
+FEATURES += [
+    (name, words) for name in SETTINGS if name != "class" for words in (WORDS_AT_LABELS, ("lm_logits@labels:top8",), ("lm_logits",))
+]
+FEATURES += [("class", ("task_logits@row", "hidden.2@first"))]
+
+
+def keys(names: Iterable[str]) -> frozenset[FeatureKey]:
+    return frozenset(map(FeatureKey.parse, names))
+
+
+@pytest.mark.parametrize(("name", "features"), FEATURES)
+def test_features_are_equal_to_the_bit_for_equal_padding(name: str, features: tuple[str, ...], labs: Callable[[str], Lab]) -> None:
+    lab = labs(name)
+    _, stored, live = both(lab, keys(features), lab.some_rows(32, 9))
+    assert stored.keys() == live.keys() == keys(features)
+    for key, value in live.items():
+        for found, expected in zip(tensors(stored[key]), tensors(value), strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), key
+
+
+@pytest.mark.parametrize("name", ["mlm", "modern", "causal"])
+def test_features_differ_by_less_than_2e_5_for_other_padding(name: str, labs: Callable[[str], Lab]) -> None:
+    lab = labs(name)
+    features = (*EVERYWHERE, "head_input@labels")
+    batch, stored, live = both(lab, keys(features), lab.some_rows(None, 9))
+    assert len(set(map(bucket, batch.lengths.tolist()))) == 2
+    for key in keys(features):
+        found, expected = dense(stored, key), dense(live, key)
+        if key.site in PAIRWISE:
+            found, expected = found.transpose(1, 2)[batch.mask], expected.transpose(1, 2)[batch.mask]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_within_its_declared_error_and_derived_errors_are_of_that_size(dtype: str, labs: Callable[[str], Lab]) -> None:
+    lab = labs("mlm")
+    _, stored, live = both(lab, keys(EVERYWHERE), lab.some_rows(32, 9), dtype)
+    teacher = lab.dump(keys(EVERYWHERE), dtype)
+    info = lab.reopened().manifest.passes[lab.passes[keys(EVERYWHERE), dtype]]
+    error = {spec.feature: spec.error for spec in info.features}
+    assert set(error.values()) == {2.0**-11 if dtype == "float16" else 2.0**-8}
+    assert teacher.shape == lab.live(keys(EVERYWHERE)).shape
+    for key in keys(EVERYWHERE):
+        found, expected = dense(stored, key), dense(live, key)
+        if key in error:
+            assert ((found - expected).abs() <= error[key] * expected.abs() + 1e-6).all(), key
+        elif key.site == "attention_scores":
+            seen = expected[expected > torch.finfo(torch.float32).min]
+            assert (found[expected > torch.finfo(torch.float32).min] - seen).norm() / seen.norm() < 4 * max(error.values())
+
+
+def test_a_store_answers_when_the_teacher_is_gone(labs: Callable[[str], Lab], tmp_path: Path) -> None:
+    lab = labs("mlm")
+    stored, rows = lab.dump(keys(ATTENTION)), lab.some_rows(32, 5)
+    batch = collate(lab.store, rows)
+    expected = stored.features(batch, stored.fetch(rows))
+    lab.teacher.rename(lab.folder / "gone")
+    try:
+        again = StoredTeacher(lab.reopened(), lab.passes[keys(ATTENTION), "float32"], keys(ATTENTION))
+        found = again.features(batch, pickle.loads(pickle.dumps(again)).fetch(rows))
+    finally:
+        (lab.folder / "gone").rename(lab.teacher)
+    for key, value in expected.items():
+        assert torch.equal(dense(found, key), tensors(value)[0])
+
+
+# Methods
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("class", "kd", {"alpha": 0.3}),
+    ("class", "att_mse", {}),
+    ("class", "hid_cls", {}),
+    ("mlm", "lm_kd", {}),
+    ("mlm", "lm_kd", {"positions": "all", "temperature": 2.0}),
+    ("causal", "lm_kd", {"top": 8}),
+    ("packed", "lm_kd", {}),
+    ("causal", "hid_cls", {}),
+    ("mlm", "hid_seq", {}),
+    ("packed", "hid_seq", {"layers": [(0, 0), (2, 3)]}),
+    ("causal", "att_mse", {"layers": "last"}),
+    ("mlm", "att_kl", {}),
+    ("packed", "att_kl", {}),
+    ("causal", "val_kl", {}),
+    ("mlm", "minilm", {}),
+    ("modern", "minilm", {"layers": "last"}),
+    ("mlm", "minilmv2", {"relation_heads": 8}),
+    ("packed", "minilmv2", {}),
+    ("mlm", "tinybert", {}),
+    ("mlm", "distilbert", {}),
+    ("mlm", "sentence", {"mse": 1.0, "similarity": 1.0}),
+    ("causal", "sentence", {"pooling": "last"}),
+    ("mlm", "match", {"site": "value", "form": "relation", "distance": "kl"}),
+    ("packed", "match", {"site": "query", "projection": "linear", "distance": "cosine"}),
+    ("modern", "match", {"site": "attention_probs", "distance": "huber"}),
+    ("causal", "match", {"site": "lm_logits", "distance": "ce"}),
+]
+
+
+def test_every_method_that_learns_from_a_teacher_is_compared() -> None:
+    assert {name for _, name, _ in CASES} == {name for name, method in METHODS.items() if method.needs_teacher}
+
+
+def learned(lab: Lab, method: str, options: dict[str, Any], batch: Batch, features: Features) -> list[Tensor]:
+    """The loss of a fresh student, with dropout, and the gradients of all its weights and the method's."""
+    student = LoadedModel.of(lab.student().train(), lab.head)
+    bundle = Bundle(student, [(MethodSpec(name=method), parse_method(method, options, student.shape, lab.shape))])
+    torch.manual_seed(3)
+    loss, _ = bundle(batch, features, bundle.counts(batch, True), True)
+    weights = [weight for weight in bundle.parameters() if weight.requires_grad]
+    return [loss.detach(), *(grad for grad in torch.autograd.grad(loss, weights, allow_unused=True) if grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("padding", "name", "method", "options"),
+    [(padding, *case) for case in CASES for padding in ("equal", "other") if (case[0], padding) != ("packed", "other")],
+)
+def test_loss_and_gradients_from_a_store_are_those_of_the_live_teacher(
+    padding: str, name: str, method: str, options: dict[str, Any], labs: Callable[[str], Lab]
+) -> None:
+    lab = labs(name)
+    wanted = parse_method(method, options, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
+    rows = lab.some_rows(32 if padding == "equal" else None, 9)
+    batch, stored, live = both(lab, wanted, rows)
+    found, expected = learned(lab, method, options, batch, stored), learned(lab, method, options, batch, live)
+    assert len(found) == len(expected) > 8
+    assert float(expected[0]) > 0
+    for one, other in zip(found, expected, strict=True):
+        if padding == "equal":
+            assert torch.equal(one, other)
+        else:
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_real_teacher_teaches_the_same_from_a_store_as_live(shared: Path, tmp_path: Path) -> None:
+    teacher = shared / "teachers" / "mlm"
+
+    def student() -> PreTrainedModel:
+        torch.manual_seed(2)
+        return HEADS["masked_lm"].from_config(BertConfig.from_pretrained(teacher, num_hidden_layers=2))
+
+    source = {"files": str(shared / "data" / "corpus" / "wikipedia_valid.parquet"), "limit": 16}
+    rows = {"sources": [source], "objective": "mlm", "max_length": 48, "slot_tokens": 512, "empty": "skip"}
+    lab = Lab(tmp_path, teacher, "masked_lm", rows, 256, student)
+    for method, options in (("minilmv2", {"relation_heads": 24}), ("distilbert", {}), ("att_kl", {}), ("lm_kd", {"top": 32})):
+        wanted = parse_method(method, options, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
+        batch, stored, live = both(lab, wanted, lab.some_rows(48, 6))
+        found, expected = learned(lab, method, options, batch, stored), learned(lab, method, options, batch, live)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), method
+
+
+# What a store lacks
+
+
+def test_a_feature_that_is_missing_prints_the_recipe_lines_that_would_hold_it(labs: Callable[[str], Lab]) -> None:
+    lab = labs("mlm")
+    lab.dump(keys(["attention_probs.4"]))
+    name = lab.passes[keys(["attention_probs.4"]), "float32"]
+    StoredTeacher(lab.reopened(), name, keys(["attention_scores.4", "query.4", "hidden.3@first"]))
+    with pytest.raises(MissingFeature) as caught:
+        StoredTeacher(lab.reopened(), name, keys(["attention_scores.4", "value.4", "lm_logits@labels"]))
+    message = str(caught.value)
+    assert "lm_logits@labels, value.4@all neither stored nor" in message
+    assert "features:\n  - attention_probs.4@all\n  - lm_logits@labels\n  - value.4@all\n" in message
+    assert "teacher-dump run RECIPE" in message
+    with pytest.raises(MissingFeature, match=r"(?s)has no pass 'other'; it has pass-.*features:\n  - value.1@all"):
+        StoredTeacher(lab.reopened(), "other", keys(["value.1"]))
