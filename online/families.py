@@ -208,6 +208,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def attention_implementation(model_type: str) -> str | None:
+    """How transformers is to run attention: SDPA, but eager under a soft cap, which SDPA lacks; its own choice for unknown models."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return None
+    return "eager" if family.score_cap else "sdpa"
+
+
 def submodule(root: nn.Module, path: str) -> nn.Module:
     """The module at ``path`` below ``root``.
 

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from online.batch import Batch
-from online.families import FAMILIES, Family, read_wiring, submodule, typed_windows
+from online.families import FAMILIES, Family, attention_implementation, read_wiring, submodule, typed_windows
 from online.fingerprints import weights_fingerprint
 from online.masks import document_masks, token_positions
 from store.shape import Head, ModelShape, Wiring
@@ -143,7 +143,7 @@ def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
     """Load ``spec`` from disk, in eval mode, on the CPU; never from the network.
 
     Args:
-        attention: transformers' attention implementation; by default SDPA where the model has it (not under a soft cap).
+        attention: transformers' attention implementation; by default SDPA where the model has it (families.attention_implementation).
 
     Raises:
         ValueError: the folder is missing, is no model folder, holds an encoder-decoder, an unknown family without
@@ -163,7 +163,7 @@ def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
                 str(spec.model),
                 config=config,
                 dtype=getattr(torch, spec.dtype),
-                attn_implementation=attention,
+                attn_implementation=attention or attention_implementation(config.model_type),
                 trust_remote_code=spec.trust_remote_code,
                 ignore_mismatched_sizes=spec.new_head,
                 output_loading_info=True,

@@ -1,9 +1,11 @@
 """The arguments of transformers.TrainingArguments that a phase may give, and those that student-train sets itself."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from store.strict import did_you_mean
@@ -68,6 +70,7 @@ def training_arguments(
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": max(1, steps // 10),
         "report_to": "tensorboard",
+        "use_cpu": not torch.accelerator.is_available(),  # without it, ranks on a CPU train alone and say nothing
     }
     for name, value in given.items():
         if name in OWNED:
@@ -105,6 +108,9 @@ def training_arguments(
         raise ValueError(f"{where}: trainer: {error}") from None
     if args.n_gpu > 1:  # asking for it has set up the device, and torch.distributed under torchrun
         args._n_gpu = 1  # several devices are several processes (torchrun), never threads of one
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != launched:
+        raise ValueError(f"{where}: {launched} processes were launched, but they do not see each other (found {args.world_size})")
     return args
 
 

@@ -67,7 +67,9 @@ class Bundle(nn.Module):
         """Recompute the student's activations in the backward pass; not re-entrant, or captured features lose their gradient."""
         if not self.student.supports_gradient_checkpointing:
             raise ValueError(f"{where}: trainer: gradient_checkpointing: {type(self.student).__name__} does not support it")
-        self.student.activation_checkpointing_enable({"use_reentrant": False})
+        new_name = hasattr(self.student, "activation_checkpointing_enable")  # transformers renamed it after 5.17
+        enable = self.student.activation_checkpointing_enable if new_name else self.student.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def _named(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]

@@ -43,7 +43,9 @@ def program() -> None:
 @_RECIPE
 @_OVERRIDES
 @click.option("--phase", default=None, help="Train this phase alone; those that it starts from must be finished.")
-@click.option("--smoke", is_flag=True, help="Try the recipe: three steps of every phase with few rows, into a folder that is removed.")
+@click.option(
+    "--smoke", is_flag=True, help="Try the recipe: three steps of every phase, measured on few rows, into a folder that is removed."
+)
 def run(recipe: Path, overrides: tuple[str, ...], phase: str | None, smoke: bool) -> None:
     """Train the phases of RECIPE in their order, or go on where an earlier run stopped.
 
@@ -51,7 +53,7 @@ def run(recipe: Path, overrides: tuple[str, ...], phase: str | None, smoke: bool
     in a process of its own and ends in OUTPUT/PHASE/student, a plain Hugging Face folder. Finished phases are skipped;
     an interrupted one goes on from its newest whole checkpoint, with the losses it would have had.
 
-    Several processes train one phase at a time, with the same losses as one:
+    Several processes train one phase in each launch:
     torchrun --nproc-per-node=2 -m student_train.cli run RECIPE --phase NAME
 
     Options of the recipe can be set on the command line: student-train run train.yaml seed=1 phases.0.batch_rows=16

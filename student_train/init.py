@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from online.families import FAMILIES
+from online.families import FAMILIES, attention_implementation
 from online.models import HEADS, CustomModules, LoadedModel, ModelSpec, load_config, load_model, load_tokenizer, model_shape
 from store.manifest import Task
 from store.shape import Head, ModelShape
@@ -148,7 +148,9 @@ def build(blueprint: Blueprint, seed: int) -> Start:
             return _copy(blueprint, tokenizer)
         with _plain_errors("student.random"):
             model = HEADS[blueprint.head].from_config(  # type: ignore[attr-defined]
-                blueprint.config, dtype=getattr(torch, spec.dtype), attn_implementation=_attention(blueprint)
+                blueprint.config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=attention_implementation(blueprint.config.model_type),
             )
     return Start(LoadedModel.of(model.eval(), blueprint.head, tokenizer), ())
 
@@ -165,7 +167,7 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> Start:
             config=config,
             state_dict=weights,
             dtype=getattr(torch, blueprint.spec.dtype),
-            attn_implementation=_attention(blueprint),
+            attn_implementation=attention_implementation(blueprint.config.model_type),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -183,10 +185,6 @@ def _on_paper(blueprint: Blueprint) -> type[PreTrainedModel]:
     """The class of the student, after making one without memory for its weights."""
     with torch.device("meta"), _plain_errors("student"):
         return type(HEADS[blueprint.head].from_config(blueprint.config))  # type: ignore[attr-defined]
-
-
-def _attention(blueprint: Blueprint) -> str:
-    return "eager" if FAMILIES[blueprint.config.model_type].score_cap else "sdpa"
 
 
 def _own_name(config: PreTrainedConfig, name: str) -> str:

@@ -72,7 +72,8 @@ def run(recipe: TrainRecipe, command: Sequence[str], only: str | None = None) ->
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and len(phases) > 1:
         names = ", ".join(phase.name for phase in phases)
         raise ValueError(f"a launch of several processes trains one phase: add --phase with one of {names}")
-    refuse_foreign(recipe.output)
+    if _first():  # which is about to write there
+        refuse_foreign(recipe.output)
     outlines = check(recipe, phases)
     left = [one for one in outlines if not finished(recipe, one.phase)]
     for one in outlines:
@@ -94,7 +95,7 @@ def run(recipe: TrainRecipe, command: Sequence[str], only: str | None = None) ->
 
 
 def smoke(recipe: TrainRecipe, command: Sequence[str]) -> None:
-    """Three optimiser steps of every phase, measured on few rows, into a folder that is then removed."""
+    """Three optimiser steps of every phase at its own batch size, measured on few rows, into a folder that is then removed."""
     with tempfile.TemporaryDirectory(prefix="student-train-smoke-") as folder:
         run(smoke_recipe(recipe, Path(folder) / "output"), command)
 
@@ -124,17 +125,8 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
         check_start(one.blueprint)
         for place, keys in one.passes.items():
             wanted[place] = wanted.get(place, frozenset()) | keys
-        training_arguments(
-            phase.trainer,
-            f"phase {phase.name!r}",
-            phase_folder(recipe, phase.name) / "checkpoints",
-            seed=recipe.seed,
-            accumulation=phase.accumulation,
-            workers=phase.workers,
-            steps=phase.steps or 1,
-            epoch_steps=1,
-            evaluates=bool(phase.evaluate),
-        )
+        if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
+            _check_arguments(recipe, phase)
     problems = [problem for (path, pass_name), keys in wanted.items() if (problem := _lack(Store.open(path), pass_name, keys))]
     if problems:
         raise MissingFeature("\n\n".join(problems))
@@ -168,7 +160,10 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         if _first():
             before = read_start(recipe, phase) or measure()
             write_start(recipe, phase, before)
-        result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None)
+        try:
+            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
         if _first():
             after = measure()
             lineage = Lineage(phase, recipe.seed, _teacher_lines(one, stores), _data_lines(phase, stores), start.notices, made)
@@ -189,6 +184,20 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             _log.info("phase %r is finished: %s", phase.name, student_folder(recipe, phase.name))
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _check_arguments(recipe: TrainRecipe, phase: PhaseSpec) -> None:
+    training_arguments(
+        phase.trainer,
+        f"phase {phase.name!r}",
+        phase_folder(recipe, phase.name) / "checkpoints",
+        seed=recipe.seed,
+        accumulation=phase.accumulation,
+        workers=phase.workers,
+        steps=phase.steps or 1,
+        epoch_steps=1,
+        evaluates=bool(phase.evaluate),
+    )
 
 
 def _lack(store: Store, pass_name: str, keys: frozenset[FeatureKey]) -> str:

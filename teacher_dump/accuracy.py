@@ -20,21 +20,23 @@ from store.codecs import feature_spec
 from store.features import Dtype, FeatureKey
 from store.reader import Store
 from teacher_dump.batches import cut, padded_lengths
-from teacher_dump.teacher import TeacherPass
+from teacher_dump.teacher import Origins, TeacherPass
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 2048
 """Padded tokens after which no further row is taken."""
 
 
-def sample(store: Store, batch_tokens: int) -> list[Batch]:
-    """A few rows from all over ``store``, as teacher batches."""
+def sample(store: Store, batch_tokens: int) -> list[tuple[Batch, Origins]]:
+    """A few rows from all over ``store`` as teacher batches, and where they come from."""
     rows = np.unique(np.linspace(0, len(store.rows) - 1, SAMPLE_ROWS).astype(np.int64))
     before = np.cumsum(padded_lengths(store.rows, rows)) - padded_lengths(store.rows, rows)
-    return [collate(store, members) for members in cut(store.rows, rows[before < SAMPLE_TOKENS], batch_tokens)]
+    return [
+        (collate(store, members), Origins(store.rows, members)) for members in cut(store.rows, rows[before < SAMPLE_TOKENS], batch_tokens)
+    ]
 
 
-def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype | None = None) -> dict[str, float]:
+def derived_errors(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]], dtype: Dtype | None = None) -> dict[str, float]:
     """Derived feature -> ||derived - live|| / ||live|| over ``batches``, each number of which is checked to be finite.
 
     The live value comes from the model itself, the derived one from what the store will hold and the shipped weights.
@@ -53,7 +55,7 @@ def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype 
     wanted = list(teacher.plan.derived)
     plain = {replace(key, form="") for key in (*wanted, *(spec.feature for spec in specs))}
     sums = {key: np.zeros(2) for key in wanted}
-    for batch in batches:
+    for batch, sources in batches:
         batch = batch.to(teacher.device)
         with torch.inference_mode():
             with Capture(teacher.loaded, plain) as capture:
@@ -61,7 +63,7 @@ def derived_errors(teacher: TeacherPass, batches: Sequence[Batch], dtype: Dtype 
             live = capture.features(batch)
             stored: Features = {}
             for spec in specs:
-                arrays = encode(spec.feature, live[replace(spec.feature, form="")], batch, spec)
+                arrays = encode(spec.feature, live[replace(spec.feature, form="")], batch, spec, sources)
                 stored[spec.feature] = assemble(spec.feature, spec, arrays, batch)
             derived = derive(wanted, stored, statics, batch, shape, wiring)
             exact = derive(wanted, live, statics, batch, shape, wiring)

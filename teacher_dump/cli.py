@@ -128,10 +128,11 @@ def show(store: Path, count: int, start: int, pass_name: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0 done, 2 something to mend (one message on standard error), 130 interrupted."""
+    """Run the program; exits with 2 where something is to be mended (one message on standard error), with 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        program.main(arguments, prog_name="teacher-dump", standalone_mode=False)
+        program.main(arguments, prog_name="teacher-dump", standalone_mode=False, obj=("teacher-dump", *arguments))
     except click.ClickException as error:
         error.show()
         sys.exit(USAGE)
@@ -149,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _command() -> tuple[str, ...]:
     """The command line, for the record of how an output was made."""
-    return ("teacher-dump", *sys.argv[1:])
+    command: tuple[str, ...] = click.get_current_context().obj
+    return command
 
 
 if __name__ == "__main__":

@@ -93,6 +93,6 @@ def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(Path(scratch) / "model", loaded, recipe, {})
         small = folder_bytes(Path(scratch))
-    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded))
+    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded.shape.layers))
     tensors = {weight.data_ptr(): weight.nbytes for weight in weights.values()}
     return small + sum(tensors.values()) + 128 * len(tensors)  # a tensor's entry in the header of a safetensors file

@@ -28,7 +28,7 @@ from teacher_dump.figures import duration, size
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.records import describe_errors, read_errors
 from teacher_dump.selection import Request, check_rows, resolve
-from teacher_dump.ship import ship
+from teacher_dump.ship import ship, shipped_blocks
 from teacher_dump.teacher import Origins, TeacherPass, load_pass
 
 AHEAD = 1
@@ -87,8 +87,10 @@ def requested(recipe: DumpRecipe) -> tuple[PreTrainedTokenizerBase, tuple[Reques
     """Tokenizer and features, from the teacher's configuration alone: what is wrong with a recipe shows before weights load."""
     config = load_config(recipe.teacher.model, recipe.teacher.trust_remote_code)
     tokenizer = load_tokenizer(recipe.teacher)
-    requests = resolve(recipe, model_shape(config, recipe.teacher.head, recipe.teacher.modules), tokenizer)
+    shape = model_shape(config, recipe.teacher.head, recipe.teacher.modules)
+    requests = resolve(recipe, shape, tokenizer)
     check_rows(requests, recipe.rows)
+    shipped_blocks(recipe.ship_layers, shape.layers)
     return tokenizer, requests
 
 
@@ -100,6 +102,7 @@ def ensure_rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Pa
         StoreError: there is something else.
     """
     if not layout.manifest(path).exists():
+        next(building.iter_groups(recipe.rows, tokenizer), None)  # a wrong path or column shows before a folder is made
         return building.build_rows(recipe.rows, tokenizer, path, made)
     rows = read_manifest(path).rows
     _compare(path, "tokenizer", rows.tokenizer, tokenizer_fingerprint(tokenizer))

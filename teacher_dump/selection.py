@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from online.derive import PAIRWISE
 from online.families import FAMILIES
 from online.rows import RowsSpec
 from store.features import FeatureKey
@@ -101,6 +102,11 @@ def _check(key: FeatureKey, shape: ModelShape) -> None:
         raise ValueError(
             f"teacher.head is {shape.head}, which has no {key.site}; a {shape.family} teacher has it with head: {' or '.join(could)}"
         )
+    row = key.site == "task_logits" and shape.head != "token_classification"
+    if (key.positions == "row") != row:
+        raise ValueError(f"expected {'task_logits@row' if row else f'{key.name}@all'} of a teacher with head {shape.head}, found {key}")
+    if key.site in PAIRWISE and key.positions != "all":
+        raise ValueError(f"{key.site} has a value for each pair of tokens; expected {key.at('all')}, found {key}")
     if key.form.startswith("top") and int(key.form.removeprefix("top")) > shape.vocab:
         raise ValueError(f"the teacher knows {shape.vocab} words, fewer than {key.form} asks for")
 

@@ -20,9 +20,8 @@ from teacher_dump.recipe import DumpRecipe
 from teacher_dump.records import ERRORS, RECIPE
 
 
-def shipped_blocks(layers: Literal["all"] | tuple[int, ...], loaded: LoadedModel) -> tuple[int, ...]:
-    """Blocks counted from 1 that ``layers`` of a recipe names; raises ValueError where the teacher lacks one."""
-    available = loaded.shape.layers
+def shipped_blocks(layers: Literal["all"] | tuple[int, ...], available: int) -> tuple[int, ...]:
+    """Blocks counted from 1 that ``layers`` of a recipe names; raises ValueError for one beyond the ``available`` ones."""
     if layers == "all":
         return tuple(range(1, available + 1))
     for layer in layers:
@@ -56,7 +55,7 @@ def ship(loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float]) -
         if leftover.exists():
             shutil.rmtree(leftover)
     write_folder(temporary, loaded, recipe, errors)
-    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded))
+    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded.shape.layers))
     if weights:
         logging.disable_progress_bar()
         try:

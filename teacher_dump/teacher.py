@@ -75,9 +75,8 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
     for request in requests:
         check_key(loaded, replace(request.key, form=""))
     check_length(loaded, int(rows.length.max()))
-    blocks = shipped_blocks(recipe.ship_layers, loaded)
-    units = Units(tokens=rows.info.tokens / rows.info.rows, labelled=float(rows.labelled.mean()))
-    what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, units)
+    blocks = shipped_blocks(recipe.ship_layers, loaded.shape.layers)
+    what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, Units.average(rows))
     ids = {request.key: request.ids for request in requests}
     specs = tuple(feature_spec(key, dtype, loaded.shape.width_of(key.site), ids.get(key, ())) for key, dtype in sorted(what.stored.items()))
     info = PassInfo(

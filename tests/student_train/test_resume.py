@@ -242,5 +242,8 @@ def test_rotation_keeps_the_newest_up_to_this_step(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot write a checkpoint to .*No space left on device; make room"), checkpoint.writing(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"cannot write a checkpoint to .*No space left on device; make room"),
+        checkpoint.writing(tmp_path),
+    ):
         raise OSError(28, "No space left on device")

@@ -1,7 +1,10 @@
 """Whole runs: from a store to exported students, what is skipped, refused and gone on with."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +21,9 @@ from store.reader import Store
 from store.strict import parse
 from student_train.evaluate import HeldOut, held_out_rows
 from student_train.evaluate import batches as measured_in
-from student_train.output import locked, student_folder
+from student_train.output import locked, recipe_yaml, student_folder
 from student_train.recipe import TrainRecipe
-from student_train.run import run, smoke
+from student_train.run import PhaseError, run, smoke
 
 QUIET = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1}
 
@@ -88,22 +91,56 @@ def test_what_is_finished_is_skipped_and_what_was_begun_goes_on(sentiment: Path,
 
 @pytest.mark.slow
 def test_phases_run_in_processes_of_their_own_and_follow_each_other(
-    sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     first = {"methods": [{"name": "hid_cls"}], "steps": 1}
-    second = {"student": {"phase": "phase1"}, "methods": [{"name": "kd"}], "metrics": ["accuracy"], "steps": 1}
+    second = {"student": {"phase": "phase1"}, "methods": [{"name": "kd"}], "metrics": ["accuracy"], "steps": 2}
+    diverging = recipe(tmp_path / "out", first, {**second, "trainer": {**QUIET, "learning_rate": 1e30}}, store=sentiment)
+    with pytest.raises(PhaseError, match="phase 'phase2' ended with exit code 2") as caught:
+        run(diverging, ["it"])
+    assert caught.value.code == 2
+    assert "error: step 2: the loss term kd/" in capfd.readouterr().err
+
     made = recipe(tmp_path / "out", first, second, store=sentiment)
+    with pytest.raises(ValueError, match=r"phase 'phase2' .* was begun with other options \(trainer\)"):
+        run(made, ["it"])
+    shutil.rmtree(made.output / "phase2")
     run(made, ["it"])
     one, two = (load_model(ModelSpec(model=student_folder(made, name), head="classification")) for name in ("phase1", "phase2"))
     assert one.fingerprint == result(made)["student"]
     assert two.fingerprint == result(made, "phase2")["student"]
     assert one.fingerprint != two.fingerprint
-    assert result(made, "phase2")["made"]["command"] == ["it"]
 
     shutil.rmtree(made.output / "phase1")  # phase 2 was made from it
     with pytest.raises(ValueError, match=r"phase 'phase2' .* was begun with other options \(earlier student\)"):
         run(made, ["it"])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_phase_together(sentiment: Path, tmp_path: Path) -> None:
+    made = recipe(tmp_path / "out", {**KD, "trainer": {"report_to": "none", "disable_tqdm": True, "logging_steps": 1}}, store=sentiment)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_yaml(made))
+    ranks = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "student_train.cli",
+        "run",
+        str(file),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(ranks, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'kd/soft'") == 3, "rank 0 alone speaks"
+    assert sorted(path.name for path in (made.output / "phase1" / "checkpoints" / "checkpoint-3").glob("rng_state*")) == [
+        "rng_state_0.pth", "rng_state_1.pth",
+    ]  # fmt: skip
+    assert result(made)["after"]["loss"] < result(made)["before"]["loss"]
 
 
 def test_all_phases_are_checked_before_the_first_trains(sentiment: Path, tmp_path: Path) -> None:

@@ -288,3 +288,14 @@ def test_an_item_is_the_rows_of_its_step_share(taught: Path) -> None:
         assert torch.equal(rows, whole[step].batch.rows)
         assert torch.equal(whole[step].batch.input_ids, collate(source.store, rows.numpy()).input_ids)
     assert (len(whole), len(shares[0])) == (5, 15)
+
+
+def test_groups_are_never_cut(tiny: ModuleType, tmp_path: Path) -> None:
+    source = Source(tiny.write_rows(tmp_path / "store", group=4), None)
+    data = MicroBatches([source], batch_rows=16, accumulation=2, steps=6, epochs=None, seed=0)
+    for item in range(len(data)):
+        groups = data[item].batch.groups.reshape(-1, 4)
+        assert len(groups) == 2
+        assert torch.equal(groups, groups[:, :1].expand(-1, 4))
+    with pytest.raises(ValueError, match=r"multiple of 8 \(groups of 4 rows x 1 ranks x 2 accumulation steps\), found 12"):
+        MicroBatches([source], batch_rows=12, accumulation=2, steps=6, epochs=None, seed=0)

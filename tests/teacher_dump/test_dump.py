@@ -93,9 +93,7 @@ def test_half_precision_stores_the_rounded_answers(masked_recipe: Tree, write: W
     np.testing.assert_array_equal(half, full.bfloat16().view(torch.int16).numpy().view(np.uint16))
 
 
-def test_a_second_teacher_adds_a_pass_and_touches_nothing(
-    world: World, masked_recipe: Tree, write: Write, teacher_dump: Run
-) -> None:
+def test_a_second_teacher_adds_a_pass_and_touches_nothing(world: World, masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
     assert teacher_dump("run", write(masked_recipe)).code == 0
     store = Path(masked_recipe["store"])
     before = {path: about for path, about in files_of(store).items() if path.startswith(("bert/", "rows/", "tokens/", "static/bert/"))}

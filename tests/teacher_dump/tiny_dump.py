@@ -13,7 +13,8 @@ from store.shape import Head
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
-    *"the a river city people old new small great water house green light road stone field north south good bad".split(),
+    *("the", "a", "river", "city", "people", "old", "new", "small", "great", "water", "house", "green"),
+    *("light", "road", "stone", "field", "north", "south", "good", "bad"),
     *[f"word{number}" for number in range(30)],
     "##s",
     "##ing",

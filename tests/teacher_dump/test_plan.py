@@ -1,0 +1,60 @@
+"""What `plan` says beforehand is what `run` then does."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_dump import Outcome, Tree, World, files_of
+
+Run = Callable[..., Outcome]
+Write = Callable[[Tree], Path]
+
+
+def planned_bytes(outcome: Outcome) -> int:
+    found = re.search(r"([\d,]+) bytes, the length of every file", outcome.out)
+    assert found, outcome.err + outcome.out
+    return int(found[1].replace(",", ""))
+
+
+def length_of(store: Path) -> int:
+    return sum(len(content) for _, _, content in files_of(store).values())
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("dtype=float16", "ship_layers=[1]"), ("ship_layers=all", "rows.copies=3", "rows.slot_tokens=512")]
+)
+def test_planned_bytes_are_those_that_are_written(
+    options: tuple[str, ...], masked_recipe: Tree, write: Write, teacher_dump: Run, tmp_path: Path
+) -> None:
+    recipe = write(masked_recipe)
+    before = files_of(tmp_path)
+    plan = teacher_dump("plan", recipe, *options)
+    assert plan.code == 0, plan.err
+    assert files_of(tmp_path) == before, "a plan leaves nothing behind"
+    assert teacher_dump("run", recipe, *options).code == 0
+    assert planned_bytes(plan) == pytest.approx(length_of(Path(masked_recipe["store"])), rel=0.02)
+
+
+def test_a_plan_names_what_is_stored_what_is_derived_and_what_it_costs(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
+    out = teacher_dump("plan", write(masked_recipe), "dtype=bfloat16").out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["hidden.1@all", "bfloat16", "32", "B", "a", "token"] in [line[:6] for line in lines]
+    derived = next(line for line in lines if line[:1] == ["attention_probs.1@all"])
+    exact, half, brain = map(float, derived[-3:])
+    assert exact <= half < brain < 0.1, "errors of derived features at float32, float16 and bfloat16"
+    assert "3.9e-03 relative" in out
+    for word in ("bytes/token", "free disk", "tokens/s", "memory: up to", "enough"):
+        assert word in out
+
+
+def test_a_plan_for_a_dump_that_has_begun_counts_what_is_left(world: World, masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
+    recipe = write(masked_recipe)
+    assert teacher_dump("run", recipe).code == 0
+    store = Path(masked_recipe["store"])
+    before = files_of(store)
+    assert "0 B are left to write" in teacher_dump("plan", recipe).out
+    second = write({**masked_recipe, "pass_name": "second", "teacher": {"model": str(world.other), "head": "masked_lm"}})
+    plan = teacher_dump("plan", second)
+    assert "in the store already" in plan.out
+    assert files_of(store) == before
