@@ -48,7 +48,7 @@ from student_train.recipe import MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import train
 from teacher_dump.batches import cut, rows_of
-from teacher_dump.dump import answer_all, dump, requested
+from teacher_dump.dump import answer_all, requested
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.teacher import TeacherPass, load_pass
 
@@ -62,7 +62,9 @@ class InMemory:
 
     def __init__(self, teacher: StoredTeacher, batches: list[NDArray[np.int64]]) -> None:
         self._teacher = teacher
-        self._arrays = {rows.tobytes(): {key: {n: a.copy() for n, a in v.items()} for key, v in teacher.fetch(rows).items()} for rows in batches}
+        self._arrays = {
+            rows.tobytes(): {key: {n: a.copy() for n, a in v.items()} for key, v in teacher.fetch(rows).items()} for rows in batches
+        }
 
     @property
     def shape(self) -> ModelShape:
@@ -203,7 +205,12 @@ def measure(scratch: Path, rounds: int, rows: int) -> dict[str, object]:
     store = Store.open(recipe.store)
     stored = sum(seal.size for commit in store.committed(recipe.pass_name).values() for seal in commit.files.values())
     return {
-        "made": {"rows": store.manifest.rows.rows, "tokens": store.manifest.rows.tokens, "rounds": rounds, "threads": torch.get_num_threads()},
+        "made": {
+            "rows": store.manifest.rows.rows,
+            "tokens": store.manifest.rows.tokens,
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "zarr", "numpy")},
         "dump": dump_against_forward(recipe, rounds),
         "training": training_against_memory(training, rounds, scratch),

@@ -81,7 +81,7 @@ def shown(annotation: Any) -> str:  # noqa: ANN401
     if origin is Annotated:
         return shown(arguments[0])
     if origin in (tuple, list):
-        return f"list of {shown(arguments[0])}" if arguments and arguments[-1] is not Ellipsis or len(arguments) == 2 else "list"
+        return f"list of {shown(arguments[0])}" if (arguments and arguments[-1] is not Ellipsis) or len(arguments) == 2 else "list"
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

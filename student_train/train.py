@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerState, set_seed
+from transformers import ProgressCallback, TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from store.manifest import Json
@@ -18,6 +18,7 @@ from student_train.arguments import checkpoints_student, fixed_on_resume, traini
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
+from student_train.progress import Progress
 from student_train.ranks import Ranks
 from student_train.recipe import PhaseSpec
 from student_train.trainer import TRAINER_STATE, DistillationTrainer, out_of_patience
@@ -99,6 +100,8 @@ def train(
     trainer = DistillationTrainer(
         bundle, args, data, ranks, settings=settings, evaluate=evaluate, best=phase.best, patience=phase.patience, callbacks=callbacks
     )
+    if trainer.pop_callback(ProgressCallback):  # absent under disable_tqdm
+        trainer.add_callback(Progress)
     if ranks.number == 0:
         trainer.journal = Journal(output / "metrics.jsonl", step)
     set_seed(seed + ranks.number)  # every rank its own dropout

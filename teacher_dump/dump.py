@@ -65,7 +65,7 @@ def dump(recipe: DumpRecipe, command: Sequence[str]) -> str:
         _announce(recipe, teacher, store, writer)
         before = writer.pending(name)
         start = time.perf_counter()
-        _answer_all(teacher, store, writer, recipe)
+        answer_all(teacher, store, writer, recipe)
     return _summary(recipe, before, time.perf_counter() - start)
 
 
@@ -132,7 +132,7 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def _answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: DumpRecipe) -> None:
+def answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: DumpRecipe) -> None:
     """Answer and commit every pending shard. A shard that cannot be written stops the run before the next batch."""
     rows, pending = store.rows, writer.pending(recipe.pass_name)
     tokens = int(rows.slot_tokens[pending].sum())

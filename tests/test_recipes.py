@@ -36,7 +36,9 @@ def invoke(program: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sst2", "wikipedia"])
-def test_a_recipe_for_real_data_dumps_and_trains_three_steps(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_for_real_data_dumps_and_trains_three_steps(
+    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").symlink_to(shared / "data")
     (tmp_path / "teachers").symlink_to(shared / "teachers")
     monkeypatch.chdir(tmp_path)

@@ -92,7 +92,9 @@ def draw(file: Path) -> None:
         right.plot([step for step, _ in losses], [loss / first for _, loss in losses], color=COLOURS[student], label=label)
         left.annotate(f"{scores[-1][1]:.3f}", scores[-1], xytext=(6, 0), textcoords="offset points", va="center", color=COLOURS[student])
     left.set(title="Agreement with the teacher, held-out documents", xlabel="step", ylabel="Spearman correlation of similarities")
-    right.set(title="Training loss, relative to its start", xlabel="step", yscale="log")
+    right.set(title="Training loss, relative to its start", xlabel="step", yscale="log", yticks=[0.3, 0.5, 1.0])
+    right.yaxis.set_major_formatter("{x:g}")
+    right.minorticks_off()
     left.margins(x=0.12)
     for axes in (left, right):
         axes.grid(alpha=0.25)
