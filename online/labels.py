@@ -56,7 +56,8 @@ def class_number(value: object, numbers: dict[Hashable, int], column: str, where
     """Position of the class ``value``; ``ValueError`` naming ``where`` if it is none of them."""
     number = numbers.get(value) if isinstance(value, Hashable) else None
     if number is None:
-        raise ValueError(f"{where}: column {column!r} holds the label {value!r}; expected one of {', '.join(map(str, numbers))}")
+        known = ", ".join(dict.fromkeys(map(str, numbers)))
+        raise ValueError(f"{where}: column {column!r} holds the label {value!r}; expected one of {known}")
     return number
 
 

@@ -81,6 +81,11 @@ def model(store: Path, pass_: str) -> Path:
     return store / "model" / safe(pass_)
 
 
+def pass_folders(store: Path, pass_: str) -> tuple[Path, ...]:
+    """All folders that belong to one pass alone."""
+    return store / safe(pass_), store / "static" / safe(pass_), model(store, pass_)
+
+
 def slot_file(folder: Path, slot: int, dimensions: int = 2) -> Path:
     """File of one slot: ``c.<slot>.0`` in a feature's folder, ``c.<slot>`` in a token array's."""
     return folder / (f"c.{slot}.0" if dimensions == 2 else f"c.{slot}")

@@ -62,8 +62,9 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{where}: {path}: required, not given")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {path}: {message}, found {_short(problem['input'])}")
+            message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+            found = "" if ", found " in message or "; given: " in message else f", found {_short(problem['input'])}"
+            lines.append(f"{where}: {path}: {message}{found}" if path else f"{where}: {message}")
     return "\n".join(lines)
 
 

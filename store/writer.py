@@ -1,5 +1,6 @@
 """The one process that adds a teacher's answers to a store."""
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 from store import commits, hierarchy, layout
 from store.commits import Commit
 from store.errors import FingerprintMismatch, StoreError
-from store.features import FeatureKey
-from store.manifest import Manifest, PassInfo, read_manifest
+from store.features import FeatureKey, FeatureSpec
+from store.manifest import Manifest, PassInfo, Static, read_manifest
 from store.rows import RowTable
 from store.shards import Shard, write_slot
 from store.statics import describe_statics, write_statics
@@ -50,10 +51,11 @@ class StoreWriter:
     def add_pass(self, name: str, info: PassInfo, statics: Mapping[str, NDArray[Any]]) -> None:
         """Announce a teacher's answers, or go on with a pass that is there already.
 
+        A pass of this name with other content gives way as long as no shard of it is committed: nothing of it can be read.
         ``statics`` are its weights (store.shape.STATICS) (bfloat16 as uint16), which ``info.statics`` need not describe yet.
 
         Raises:
-            FingerprintMismatch: the store has a pass of this name with other content; the message names the field.
+            FingerprintMismatch: the store has committed shards of this name with other content; the message names the field.
             ValueError: the name, a key or an array is not one that a store can hold.
         """
         layout.pass_name(name)
@@ -62,12 +64,20 @@ class StoreWriter:
             raise ValueError(f"pass {name}: expected different features without a pass name, found {[str(key) for key in keys]}")
         info = info.model_copy(update={"statics": describe_statics(statics)})
         known = self.manifest.passes.get(name)
-        if known is not None:
-            _refuse_other(self.path, name, known, info)
+        other = _other_field(known, info) if known is not None else None
+        if known is not None and other is None:
             info = known
         for feature in info.features:
             for array in feature.arrays:
                 layout.inside(self.path, layout.array(self.path, name, layout.array_name(feature.feature, array.name)))
+        if known is not None and other is not None:
+            if self._committed.get(name):
+                raise FingerprintMismatch(
+                    f"pass {name} of {self.path} has another {other}: expected {_short(getattr(known, other))} as stored, "
+                    f"found {_short(getattr(info, other))}; give the pass another name, or another store"
+                )
+            self._clear(name)
+            known = None
         manifest = self.manifest.model_copy(update={"passes": {**self.manifest.passes, name: info}})
         write_statics(self.path, name, statics)
         if known is None or hierarchy.differing(self.path, manifest):
@@ -115,6 +125,15 @@ class StoreWriter:
         commits.append(self.path, pass_name, shard, files)
         self._committed.setdefault(pass_name, {})[shard] = Commit(pass_name, shard, files)
 
+    def _clear(self, name: str) -> None:
+        """Remove the files of a pass without commits, before the manifest that names them is replaced.
+
+        A kill in between leaves a pass that is announced and has nothing yet, as one in the middle of its first shard is.
+        """
+        for folder in layout.pass_folders(self.path, name):
+            if layout.inside(self.path, folder).exists():
+                shutil.rmtree(folder)
+
     def close(self) -> None:
         """Let other processes write."""
         self._lock.close()
@@ -126,16 +145,19 @@ class StoreWriter:
         self.close()
 
 
-def _refuse_other(store: Path, name: str, known: PassInfo, info: PassInfo) -> None:
-    for field in PassInfo.model_fields:
-        stored, found = getattr(known, field), getattr(info, field)
-        if field not in _FOR_PEOPLE and stored != found:
-            raise FingerprintMismatch(
-                f"pass {name} of {store} has another {field}: expected {_short(stored)} as stored, found {_short(found)}; "
-                "give the pass another name, or another store"
-            )
+def _other_field(known: PassInfo, info: PassInfo) -> str | None:
+    """The first field in which ``info`` is another pass than the ``known`` one."""
+    different = (field for field in PassInfo.model_fields if getattr(known, field) != getattr(info, field))
+    return next((field for field in different if field not in _FOR_PEOPLE), None)
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = ", ".join(map(_named, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _named(item: object) -> str:
+    """A feature or a weight as people know it."""
+    if isinstance(item, FeatureSpec):
+        return f"{item.key} in {item.arrays[-1].dtype}"
+    return f"{item.name} in {item.dtype}" if isinstance(item, Static) else str(item)
