@@ -54,7 +54,12 @@ def parse(model: type[S], tree: object, where: str) -> S:
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One line for every problem of ``error``, with the nearest known key for each unknown one."""
     lines = []
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "too_short" and any(
+            other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems
+        ):
+            continue  # its items are there, but wrong
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = sorted({name for parent in _models_at(model, problem["loc"][:-1]) for name in parent.model_fields})

@@ -159,5 +159,6 @@ def _short(value: object) -> str:
 def _named(item: object) -> str:
     """A feature or a weight as people know it."""
     if isinstance(item, FeatureSpec):
-        return f"{item.key} in {item.arrays[-1].dtype}"
+        ids = f" of ids {' '.join(map(str, item.ids))}" if item.ids else ""
+        return f"{item.key}{ids} in {item.arrays[-1].dtype}"
     return f"{item.name} in {item.dtype}" if isinstance(item, Static) else str(item)

@@ -106,6 +106,11 @@ def publish(folder: Path, step: int, settings: Mapping[str, Json], ranks: int) -
     return target
 
 
+def exists(folder: Path) -> bool:
+    """Whether ``folder`` holds a checkpoint, whole or not."""
+    return any(folder.glob(f"{_PREFIX}*"))
+
+
 def newest(folder: Path, settings: Mapping[str, Json]) -> Path | None:
     """The newest checkpoint that is whole, or None; each one passed over is reported with what it lacks.
 

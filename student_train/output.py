@@ -19,6 +19,7 @@ import yaml
 from store.manifest import Json, Manifest, Provenance, read_manifest
 from store.publish import make_folder, replace
 from store.strict import parse
+from student_train import checkpoint
 from student_train.arguments import fixed_on_resume
 from student_train.recipe import PhaseSpec, TrainRecipe
 
@@ -26,6 +27,7 @@ RUN = "run.json"
 RECIPE = "recipe.yaml"
 START = "start.json"
 RESULT = "result.json"
+CHECKPOINTS = "checkpoints"
 
 
 def phase_folder(recipe: TrainRecipe, phase: str) -> Path:
@@ -44,9 +46,10 @@ def recipe_yaml(recipe: TrainRecipe) -> str:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raise ValueError where ``output`` exists and is no folder of an earlier run."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder or nothing, found a file: {output}")
+    """Raise ValueError where ``output`` exists and is no folder of an earlier run, or cannot be one."""
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output: expected a folder or nothing, found a file: {nearest}")
     if output.is_dir() and not (output / RUN).is_file() and any(output.iterdir()):
         raise ValueError(f"output: {output} holds something else than a run of student-train; give another folder")
 
@@ -79,23 +82,20 @@ def identity(recipe: TrainRecipe, phase: PhaseSpec) -> Json:
 
 
 def finished(recipe: TrainRecipe, phase: PhaseSpec) -> bool:
-    """Whether ``phase`` has its result.
+    """Whether ``phase`` has its result. A phase that failed before its first checkpoint may start over with other options.
 
     Raises:
-        ValueError: the output holds this phase, begun or finished, with other options; the message names them.
+        ValueError: the output holds a checkpoint or the result of this phase with other options; the message names them.
     """
     folder = phase_folder(recipe, phase.name)
-    start = _read(folder / START)
-    found = start.get("identity")
-    if isinstance(found, dict):
-        now = identity(recipe, phase)
-        other = sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))
-        if other:
-            raise ValueError(
-                f"phase {phase.name!r} in {recipe.output} was begun with other options ({', '.join(other)}); "
-                f"give another output, or remove {folder} to train it again"
-            )
-    return (folder / RESULT).is_file()
+    done = (folder / RESULT).is_file()
+    other = _other_options(recipe, phase)
+    if other and (done or checkpoint.exists(folder / CHECKPOINTS)):
+        raise ValueError(
+            f"phase {phase.name!r} in {recipe.output} was begun with other options ({', '.join(other)}); "
+            f"give another output, or remove {folder} to train it again"
+        )
+    return done
 
 
 def write_start(recipe: TrainRecipe, phase: PhaseSpec, scores: Mapping[str, float]) -> None:
@@ -105,9 +105,11 @@ def write_start(recipe: TrainRecipe, phase: PhaseSpec, scores: Mapping[str, floa
 
 
 def read_start(recipe: TrainRecipe, phase: PhaseSpec) -> dict[str, float] | None:
-    """The scores that an earlier process measured at the start of the phase."""
+    """The scores that an earlier process measured at the start of the phase as it is now."""
     scores = _read(phase_folder(recipe, phase.name) / START).get("scores")
-    return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)} if isinstance(scores, dict) else None
+    if not isinstance(scores, dict) or _other_options(recipe, phase):
+        return None
+    return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
 
 
 def write_result(recipe: TrainRecipe, phase: PhaseSpec, result: Json) -> None:
@@ -129,6 +131,15 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another student-train is training in {folder}; wait for it or end it") from None
         yield
+
+
+def _other_options(recipe: TrainRecipe, phase: PhaseSpec) -> list[str]:
+    """What of the phase's identity is not as it was when the phase was begun; nothing where it was not."""
+    found = _read(phase_folder(recipe, phase.name) / START).get("identity")
+    if not isinstance(found, dict):
+        return []
+    now = identity(recipe, phase)
+    return sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))
 
 
 def _teacher(manifest: Manifest, pass_name: str | None) -> str | None:

@@ -6,6 +6,11 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 class Progress(ProgressCallback):
     """transformers' bar without its line for every log."""
 
+    def close(self) -> None:
+        """End the bar's line also where training ends in an error, whose message would go on in it."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -30,6 +30,7 @@ from student_train.methods import parse_method
 from student_train.methods.base import Method
 from student_train.outline import Outline, outline, score_names
 from student_train.output import (
+    CHECKPOINTS,
     finished,
     locked,
     phase_folder,
@@ -43,7 +44,7 @@ from student_train.output import (
 )
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
-from student_train.train import train
+from student_train.train import micro_batches, train
 
 SMOKE_STEPS = 3
 SMOKE_ROWS = 32
@@ -123,6 +124,7 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
+        micro_batches([Source(Store.open(data.store), None, data.split, data.weight) for data in phase.data], phase, recipe.seed)
         for place, keys in one.passes.items():
             wanted[place] = wanted.get(place, frozenset()) | keys
         if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
@@ -190,7 +192,7 @@ def _check_arguments(recipe: TrainRecipe, phase: PhaseSpec) -> None:
     training_arguments(
         phase.trainer,
         f"phase {phase.name!r}",
-        phase_folder(recipe, phase.name) / "checkpoints",
+        phase_folder(recipe, phase.name) / CHECKPOINTS,
         seed=recipe.seed,
         accumulation=phase.accumulation,
         workers=phase.workers,

@@ -18,6 +18,7 @@ from student_train.arguments import checkpoints_student, fixed_on_resume, traini
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
+from student_train.output import CHECKPOINTS
 from student_train.progress import Progress
 from student_train.ranks import Ranks
 from student_train.recipe import PhaseSpec
@@ -59,22 +60,13 @@ def train(
         ValueError: a trainer argument, batch size or metric that does not fit, a checkpoint of other settings, or a loss
             that is not finite.
     """
-    where, checkpoints = f"phase {phase.name!r}", output / "checkpoints"
+    where, checkpoints = f"phase {phase.name!r}", output / CHECKPOINTS
     for source in sources:
         if not bundle.taking_part(source.teacher is not None):
             raise ValueError(
                 f"{where}: no method can learn from {source.store.path}: its rows have no teacher pass; add task_loss or lm_loss"
             )
-    data = MicroBatches(
-        sources,
-        batch_rows=phase.batch_rows,
-        accumulation=phase.accumulation,
-        steps=phase.steps,
-        epochs=phase.epochs,
-        seed=seed,
-        rank=int(os.environ.get("RANK", 0)),
-        world=int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    data = micro_batches(sources, phase, seed)
     args = training_arguments(
         phase.trainer,
         where,
@@ -100,17 +92,38 @@ def train(
     trainer = DistillationTrainer(
         bundle, args, data, ranks, settings=settings, evaluate=evaluate, best=phase.best, patience=phase.patience, callbacks=callbacks
     )
+    progress = Progress()
     if trainer.pop_callback(ProgressCallback):  # absent under disable_tqdm
-        trainer.add_callback(Progress)
+        trainer.add_callback(progress)
     if ranks.number == 0:
         trainer.journal = Journal(output / "metrics.jsonl", step)
     set_seed(seed + ranks.number)  # every rank its own dropout
-    _run(trainer, resumed)
+    try:
+        _run(trainer, resumed)
+    finally:
+        progress.close()
     trainer.use_best_weights()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     bundle.eval()
     state = trainer.state
     return TrainResult(state.global_step, None if resumed is None else step, state.best_global_step, state.best_metric, state.log_history)
+
+
+def micro_batches(sources: Sequence[Source], phase: PhaseSpec, seed: int) -> MicroBatches:
+    """What this rank reads of ``sources`` in the course of ``phase``; raises ValueError for ``batch_rows`` that cannot be shared out."""
+    try:
+        return MicroBatches(
+            sources,
+            batch_rows=phase.batch_rows,
+            accumulation=phase.accumulation,
+            steps=phase.steps,
+            epochs=phase.epochs,
+            seed=seed,
+            rank=int(os.environ.get("RANK", 0)),
+            world=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+    except ValueError as error:
+        raise ValueError(f"phase {phase.name!r}: {error}") from None
 
 
 def _run(trainer: DistillationTrainer, resumed: Path | None) -> None:

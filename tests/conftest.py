@@ -2,7 +2,9 @@
 
 import os
 import random
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +30,25 @@ def shared() -> Path:
     if not (folder / "teachers").is_dir():
         pytest.skip(f"no shared data at {folder}; set TEACHERCACHE_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., str]:
+    """``run_program(folder, "teacher_dump", "run", RECIPE, ...)``: one of the two programs in a process of its own; what it prints."""
+
+    def run(folder: Path, package: str, *arguments: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-m", f"{package}.cli", *arguments]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def beside_shared(shared: Path, tmp_path: Path) -> Path:
+    """A folder where the shipped recipes for real data find ``data/`` and ``teachers/``."""
+    for name in ("data", "teachers"):
+        (tmp_path / name).symlink_to(shared / name)
+    return tmp_path

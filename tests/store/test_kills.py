@@ -2,17 +2,20 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_store import SPECS, Made, answers, make_rows, pass_info
+from small_store import SPECS, Made, answers, make_rows, pass_info, spec
 
-from store import RowWriter, Store, StoreBusy, StoreError, StoreWriter
+from store import FingerprintMismatch, RowWriter, Store, StoreBusy, StoreError, StoreWriter
+from store.publish import replace
 from store.verify import verify
 
 HERE = Path(__file__).parent
@@ -147,3 +150,70 @@ def test_what_a_kill_left_before_its_commit_line_is_replaced(tmp_path: Path) -> 
     assert not (folder / ".c.1.0.0.tmp").exists()
     assert verify(made.path) == []
     check(made, Store.open(made.path), {0, 1, 2})
+
+
+def test_a_pass_without_commits_gives_way_to_another(tmp_path: Path) -> None:
+    made = make_rows(tmp_path / "store", MANY[:3])
+    first, other = pass_info((spec("hidden.1@all", "float16"), spec("final@first"))), pass_info()
+    with StoreWriter.open(made.path) as writer:
+        writer.add_pass("bert", first, {"1.query.weight": np.ones((8, 8), np.float32)})
+        (made.path / "bert" / "hidden.1" / "all" / "c.0.0").write_bytes(b"a shard that never got its commit line")
+        (made.path / "model" / "bert").mkdir(parents=True)
+        writer.add_pass("second", first, {})
+        writer.add_pass("bert", other, {"1.query.bias": np.arange(8, dtype=np.uint16)})
+        assert not (made.path / "model" / "bert").exists()
+        assert not (made.path / "static" / "bert" / "1.query.weight").exists()
+        assert [static.name for static in Store.open(made.path).manifest.passes["bert"].statics] == ["1.query.bias"]
+        for shard in writer.pending("bert"):
+            writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.slot))
+        with pytest.raises(FingerprintMismatch, match=r"another features: .*hidden.1@all in bfloat16.*, found hidden.1@all in float16"):
+            writer.add_pass("bert", first, {"1.query.bias": np.arange(8, dtype=np.uint16)})
+    assert verify(made.path) == []
+    check(made, Store.open(made.path), {0, 1, 2})
+
+
+def test_a_pass_that_was_half_replaced_can_be_begun_again_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = pass_info((spec("hidden.1@all", "float16"),)), pass_info()
+    statics = {"1.query.bias": np.arange(8, dtype=np.uint16)}
+    for again in (0, 1):
+        for step in range(100):
+            made = make_rows(tmp_path / f"store{again}-{step}", MANY[:1])
+            with StoreWriter.open(made.path) as writer, monkeypatch.context() as patch:
+                writer.add_pass("bert", both[0], statics)
+                stop_at(patch, step)
+                try:
+                    writer.add_pass("bert", both[1], statics)
+                    stopped = False
+                except Stopped:
+                    stopped = True
+            store = Store.open(made.path)
+            assert not store.committed("bert")
+            assert store.manifest.passes["bert"].features == both[0 if stopped else 1].features
+            with StoreWriter.open(made.path) as writer:
+                writer.add_pass("bert", both[again], statics)
+                writer.commit("bert", 0, answers(made, 0, both[again].features, writer.rows.slot))
+            assert verify(made.path) == []
+            if not stopped:
+                break
+        assert step > 4
+
+
+class Stopped(BaseException):
+    """The process ends here."""
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """End the process before its change number ``step`` to the store: a folder removed, a file put in place."""
+    left = iter(range(step))
+
+    def counted(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: object) -> None:
+            if next(left, None) is None:
+                raise Stopped
+            change(*arguments)
+
+        return changed
+
+    patch.setattr("shutil.rmtree", counted(shutil.rmtree))
+    for module in ("hierarchy", "statics"):
+        patch.setattr(f"store.{module}.replace", counted(replace))
