@@ -102,7 +102,11 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[MicroBatch | Failed], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Counts]:
-        """The micro-batches of one optimiser step, and their counts over all ranks."""
+        """The micro-batches of one optimiser step, and their counts over all ranks.
+
+        Raises:
+            ValueError: the step has nothing to learn from; its loss would be 0, and look like success.
+        """
         started = time.perf_counter()
         items = [next(epoch_iterator) for _ in range(num_batches)]
         self.window.waited += time.perf_counter() - started
@@ -116,6 +120,13 @@ class DistillationTrainer(Trainer):
             for name, count in self.bundle.counts(item.batch, item.taught).items():
                 counts[name] = counts.get(name, 0.0) + count
         counts = dict(zip(counts, self.ranks.sum(list(counts.values())), strict=True))
+        terms = [name for name in counts if name != "tokens"]
+        if not any(counts[name] for name in terms):
+            store = self.data.sources[micro_batches[0].source].store.path
+            raise ValueError(
+                f"step {self.state.global_step + 1}: rows of {store} hold nothing for {', '.join(terms)} to learn from; expected labels or "
+                "masked words: build the rows with a label, or with objective mlm or causal"
+            )
         self.window.add_step(counts)
         return micro_batches, counts
 

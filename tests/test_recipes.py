@@ -21,9 +21,16 @@ def test_a_recipe_parses(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sst2", "wikipedia"])
-def test_a_recipe_for_real_data_dumps_and_trains_three_steps(name: str, beside_shared: Path, run_program: Callable[..., str]) -> None:
-    recipes = ROOT / "recipes" / name
-    run_program(beside_shared, "teacher_dump", "run", str(recipes / "dump.yaml"), "rows.sources.0.limit=48", "rows.sources.1.limit=24")
+@pytest.mark.parametrize(
+    ("name", "dumps", "trainings"),
+    [("sst2", ["dump.yaml"], ["train.yaml"]), ("wikipedia", ["dump.yaml", "words.yaml"], ["train.yaml", "train-words.yaml"])],
+)
+def test_recipes_for_real_data_dump_and_train_three_steps(
+    name: str, dumps: list[str], trainings: list[str], beside_shared: Path, run_program: Callable[..., str]
+) -> None:
+    for dump in dumps:
+        recipe = str(ROOT / "recipes" / name / dump)
+        run_program(beside_shared, "teacher_dump", "run", recipe, "rows.sources.0.limit=48", "rows.sources.1.limit=24")
     (beside_shared / "teachers").unlink()
-    run_program(beside_shared, "student_train", "run", str(recipes / "train.yaml"), "--smoke")
+    for training in trainings:
+        run_program(beside_shared, "student_train", "run", str(ROOT / "recipes" / name / training), "--smoke")

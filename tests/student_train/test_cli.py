@@ -92,6 +92,7 @@ def change(recipe: dict[str, Any], path: str, value: object) -> None:
         ("phases.0.steps", None, "expected one of steps and epochs; given: none"),
         ("phases.0.epochs", 1, "expected one of steps and epochs; given: both"),
         ("phases.0.batch_rows", -1, "phases.0.batch_rows"),
+        ("phases.1.accumulation", 3, "phase 'second': batch_rows: expected a multiple of 3 (1 ranks x 3 accumulation steps), found 4"),
         ("phases.0.name", "../../escape", "phases.0.name"),
         ("phases.0.student.layers", [2, 5], "the source has blocks 1 to 4, found 5"),
         ("phases.0.student.layers", [0], "the source has blocks 1 to 4, found 0"),
@@ -137,6 +138,7 @@ def test_a_bad_recipe_is_one_message_and_nothing_is_harmed(
     assert message in err
     assert err.startswith("error: ")
     assert "Traceback" not in err
+    assert "phases: Tuple" not in err  # the list is there; only its item is wrong
     assert not (tmp_path / "out").exists()
     assert sorted(sentiment.rglob("*")) == before
 
@@ -179,6 +181,9 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(program: Run, 
     file.write_text("x")
     code, _, err = program("run", write(tmp_path, tree(sentiment, file)))
     assert (code, file.read_text()) == (2, "x")
+    code, _, err = program("run", write(tmp_path, tree(sentiment, file / "below")))
+    assert (code, file.read_text()) == (2, "x")
+    assert f"found a file: {file}" in err
 
 
 def test_a_store_of_another_tokenizer_or_an_unfinished_pass_is_refused(

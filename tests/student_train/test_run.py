@@ -89,6 +89,18 @@ def test_what_is_finished_is_skipped_and_what_was_begun_goes_on(sentiment: Path,
     run(made.model_copy(update={"phases": (watched,)}), ["fifth"])
 
 
+def test_a_phase_that_failed_before_its_first_checkpoint_starts_over_with_other_options(sentiment: Path, tmp_path: Path) -> None:
+    wild = {**QUIET, "learning_rate": 1e30, "max_grad_norm": 0}
+    with pytest.raises(ValueError, match="loss term .* is nan"):
+        run(recipe(tmp_path / "out", {**KD, "trainer": wild}, store=sentiment), ["first"])
+    made = recipe(tmp_path / "out", {**KD, "student": {"layers": [4, 2]}}, store=sentiment)
+    run(made, ["second"])
+    again = recipe(tmp_path / "again", {**KD, "student": {"layers": [4, 2]}}, store=sentiment)
+    run(again, ["as if there had been no first"])
+    assert result(made)["before"] == result(again)["before"]
+    assert result(made)["after"] == result(again)["after"]
+
+
 @pytest.mark.slow
 def test_phases_run_in_processes_of_their_own_and_follow_each_other(
     sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

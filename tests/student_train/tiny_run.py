@@ -61,14 +61,14 @@ def model(seed: int, *, layers: int, width: int, dropout: float = 0.1) -> Loaded
     return LoadedModel.of(BertForSequenceClassification(config), "classification")
 
 
-def write_rows(path: Path, rows: int = 48, seed: int = 0, group: int = 1) -> Store:
-    """Rows of 3 to 20 random words, every other one of class 1, in groups of ``group`` rows."""
+def write_rows(path: Path, rows: int = 48, seed: int = 0, group: int = 1, labelled: bool = True) -> Store:
+    """Rows of 3 to 20 random words, every other one of class 1 (or none with a label), in groups of ``group`` rows."""
     random_numbers = np.random.default_rng(seed)
     with RowWriter(path, 128) as writer:
         for number in range(rows):
             ids = random_numbers.integers(3, VOCAB, random_numbers.integers(3, 21)).astype(np.int32)
             row = Row(
-                input_ids=ids, segments=None, documents=None, token_labels=None, labelled=0, label=float(number % 2), group=number // group,
+                input_ids=ids, segments=None, documents=None, token_labels=None, labelled=0, label=float(number % 2) if labelled else None, group=number // group,
                 copy=0, split="train", source="random", record=number, part=0, spans=[],
             )  # fmt: skip
             writer.append_group([row])

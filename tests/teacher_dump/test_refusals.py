@@ -74,7 +74,7 @@ BAD_RECIPES = {
     "no features": Bad("features", [], ("at least one", "teacher-dump rows")),
     "a layer that cannot ship": Bad("ship_layers", [7], ("blocks 1 to 2",)),
     "a reserved pass name": Bad("pass_name", "rows", ("rows",)),
-    "an odd pass name": Bad("pass_name", "../up", ("pass_name",)),
+    "an odd pass name": Bad("pass_name", "../up", ("pass_name", "found '../up'\n")),
     "a device that is none": Bad("device", "abacus", ("device",)),
     "slots that are no multiple": Bad("rows.slot_tokens", 100, ("slot_tokens", "128")),
 }
