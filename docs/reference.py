@@ -17,10 +17,10 @@ from teacher_dump.recipe import DumpRecipe
 HERE = Path(__file__).parent
 HEAD = """# Recipes, field by field
 
-Both programs read a recipe as YAML. An unknown key is an error that names the nearest known one; any field can be set on the command line as
-`key.path=value`, list items by number: `teacher-dump run dump.yaml rows.sources.0.limit=100`. Editors that know JSON schemas can check a
-recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train.schema.json`) on its first line. Paths are
-relative to the folder a program is started in. This page is made from the code by `python docs/reference.py`.
+Both programs read a recipe as YAML. An unknown key is an error that names the nearest known one; any field can be set on the command
+line as `key.path=value`, list items by number: `teacher-dump run dump.yaml rows.sources.0.limit=100`. Editors that know JSON schemas
+can check a recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train.schema.json`) on its first
+line. Paths are relative to the folder a program is started in. This page is made from the code by `python docs/reference.py`.
 """
 TITLES = {DumpRecipe: "A dump: `teacher-dump run|plan|rows RECIPE`", TrainRecipe: "A training run: `student-train run|needs RECIPE`"}
 

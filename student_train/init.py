@@ -52,12 +52,14 @@ class Start:
     notices: tuple[str, ...]
 
 
-def folder_blueprint(spec: StudentSpec) -> Blueprint:
-    """The student that is ``spec.model``, a Hugging Face folder, as it is."""
+def folder_blueprint(spec: StudentSpec, task: Task) -> Blueprint:
+    """The student that is ``spec.model``, a Hugging Face folder, as it is; a new head has the classes of ``task``."""
     assert spec.model is not None
     config = load_config(spec.model.model, spec.model.trust_remote_code)
     if spec.model.labels is not None:
         config.num_labels = spec.model.labels
+    if spec.model.new_head:
+        config.id2label, config.label2id = _class_names(task, config.num_labels)
     return Blueprint(spec, config, spec.model.head, Source(spec.model.model, spec.model.head), spec.model, None, spec.model.modules)
 
 
@@ -88,11 +90,16 @@ def derived_blueprint(spec: StudentSpec, source: Source, source_config: PreTrain
     head = spec.head or source.head
     labels = _outputs(spec, source.head, head, task)
     if labels is not None:
-        names = task.classes if len(task.classes) == labels else [f"LABEL_{i}" for i in range(labels)]
-        tree.update(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+        tree["id2label"], tree["label2id"] = _class_names(task, labels)
     with _plain_errors("student"):
         config = type(source_config).from_dict(tree)
     return Blueprint(spec, config, head, source, ModelSpec(model=source.folder, head=head), blocks)
+
+
+def _class_names(task: Task, labels: int) -> tuple[dict[int, str], dict[str, int]]:
+    """What the outputs of a new task head are called, and the reverse."""
+    names = task.classes if len(task.classes) == labels else [f"LABEL_{number}" for number in range(labels)]
+    return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
 
 
 def chosen_blocks(layers: tuple[int, ...] | str, available: int) -> tuple[int, ...]:
@@ -137,7 +144,9 @@ def build(blueprint: Blueprint, seed: int) -> Start:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.model is not None:
-            return Start(load_model(spec.model), ())
+            student = load_model(spec.model)
+            student.model.config.id2label, student.model.config.label2id = blueprint.config.id2label, blueprint.config.label2id
+            return Start(student, ())
         if blueprint.custom is not None:
             made = ModelSpec(model=blueprint.source.folder, head=blueprint.head, dtype=spec.dtype, modules=blueprint.custom)
             return Start(load_model(made), ())

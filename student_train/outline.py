@@ -87,6 +87,8 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
     taught_by = frozenset(data for data, answers in shapes.items() if shape is not None and answers == shape)
     passes: Passes = {}
     for data in phase.data:
+        if data not in taught_by and all(method.teacher_keys for _, method in methods):
+            raise ValueError(f"no method can learn from {data.store}: its data has no pass_name of a teacher; add task_loss or lm_loss")
         _add(passes, data, keys)
     for data in phase.evaluate:
         _add(passes, data, (measured | keys) if data in taught_by else measured)
@@ -128,10 +130,10 @@ def _teacher_shape(data: DataSpec, manifest: Manifest | None, teacher: Path | No
 
 def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Blueprint:
     spec = phase.student
-    if spec.model is not None:
-        return folder_blueprint(spec)
     manifest = _manifest(phase.data[0].store, teacher)
     task = Task(kind="none") if manifest is None else manifest.rows.task
+    if spec.model is not None:
+        return folder_blueprint(spec, task)
     if spec.phase is not None:
         earlier = _blueprint(recipe, recipe.phase(spec.phase), teacher)
         return continued_blueprint(spec, earlier, student_folder(recipe, spec.phase), task)
@@ -184,8 +186,8 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
     for data in (*phase.data, *phase.evaluate):
         if data.store == store and data.split not in rows.splits:
             raise ValueError(f"{store} has no split {data.split!r}{did_you_mean(data.split, sorted(rows.splits))}")
-    if shape.head == "classification" and rows.task.kind == "classification" and shape.labels != len(rows.task.classes):
-        raise ValueError(f"the student has {shape.labels} outputs, the labels of {store} have {len(rows.task.classes)} classes")
+    if problem := _label_problem(shape, rows.task):
+        raise ValueError(f"the student has {shape.labels} outputs, the labels of {store} {problem}")
     found = tokenizer_fingerprint(load_tokenizer(blueprint.tokenizer))
     if found != rows.tokenizer:
         raise FingerprintMismatch(
@@ -193,3 +195,14 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
             f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
             "or start the student from the store's teacher"
         )
+
+
+def _label_problem(student: ModelShape, task: Task) -> str:
+    """Why the labels of ``task`` cannot be those of the student's task head; empty if they can, or if there are none."""
+    if (student.head, task.kind) in (("classification", "classification"), ("token_classification", "token")):
+        return "" if student.labels == len(task.classes) else f"have {len(task.classes)} classes"
+    if student.head == "classification" and task.kind == "regression" and student.labels != 1:
+        return "are scores, which take one"
+    if student.head == "multiple_choice" and task.kind in ("classification", "regression", "token"):
+        return f"are of kind {task.kind}; a multiple_choice head takes rows built with choices"
+    return ""

@@ -61,11 +61,6 @@ def train(
             that is not finite.
     """
     where, checkpoints = f"phase {phase.name!r}", output / CHECKPOINTS
-    for source in sources:
-        if not bundle.taking_part(source.teacher is not None):
-            raise ValueError(
-                f"{where}: no method can learn from {source.store.path}: its rows have no teacher pass; add task_loss or lm_loss"
-            )
     data = micro_batches(sources, phase, seed)
     args = training_arguments(
         phase.trainer,

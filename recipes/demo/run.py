@@ -74,10 +74,8 @@ def report(dump_seconds: float) -> None:
     for student, label in STUDENTS.items():
         speeds = sorted(entry["tokens_per_second"] for entry in entries(student) if "tokens_per_second" in entry)
         print(f"  {label:36}{result(student)['after'][SCORE]:10.3f}{speeds[len(speeds) // 2]:10,.0f}")
-    print(
-        f"\nstore: {rows.rows:,} rows, {rows.tokens:,} tokens, {stored / 1e6:.0f} MB of features, {stored / rows.tokens:,.0f} bytes a token; "
-        f"dump: {rows.tokens / dump_seconds:,.0f} tokens/s, start included"
-    )
+    print(f"\nstore: {rows.rows:,} rows, {rows.tokens:,} tokens, {stored / 1e6:.0f} MB, {stored / rows.tokens:,.0f} bytes a token")
+    print(f"dump: {rows.tokens / dump_seconds:,.0f} tokens/s, start included")
 
 
 def draw(file: Path) -> None:

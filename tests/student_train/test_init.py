@@ -223,7 +223,8 @@ def test_making_a_student_leaves_the_generator_as_it_was(teacher: Teacher) -> No
 
 def test_a_folder_is_taken_as_it_is(teacher: Teacher) -> None:
     model, source = teacher("bert", "classification")
-    made = build(folder_blueprint(StudentSpec.model_validate({"model": {"model": source.folder, "head": "classification"}})), 0)
+    spec = StudentSpec.model_validate({"model": {"model": source.folder, "head": "classification"}})
+    made = build(folder_blueprint(spec, NO_TASK), 0)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in made.student.model.state_dict().items())
 
 

@@ -131,11 +131,6 @@ def test_a_method_that_takes_no_part_in_a_step_is_left_alone(tiny: ModuleType, t
         assert torch.equal(bundle.methods["hid_seq"].state_dict()[name], tensor)
 
 
-def test_rows_that_no_method_can_learn_from_are_refused(tiny: ModuleType, taught: Path, untaught: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no method can learn from .*untaught: its rows have no teacher pass; add task_loss"):
-        tiny.run([taught, untaught], tmp_path, methods=[HID], bank=False)
-
-
 @pytest.mark.parametrize("options", [{"batch_rows": 9, "accumulation": 2}, {"batch_rows": 2, "accumulation": 4}])
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: ModuleType, taught: Path, tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"batch_rows: expected a multiple of {options['accumulation']} .*found {options['batch_rows']}"):

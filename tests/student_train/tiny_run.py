@@ -68,8 +68,8 @@ def write_rows(path: Path, rows: int = 48, seed: int = 0, group: int = 1, labell
         for number in range(rows):
             ids = random_numbers.integers(3, VOCAB, random_numbers.integers(3, 21)).astype(np.int32)
             row = Row(
-                input_ids=ids, segments=None, documents=None, token_labels=None, labelled=0, label=float(number % 2) if labelled else None, group=number // group,
-                copy=0, split="train", source="random", record=number, part=0, spans=[],
+                input_ids=ids, segments=None, documents=None, token_labels=None, labelled=0, group=number // group, copy=0, split="train",
+                label=float(number % 2) if labelled else None, source="random", record=number, part=0, spans=[],
             )  # fmt: skip
             writer.append_group([row])
         writer.finish(
