@@ -39,7 +39,7 @@ def run_program() -> Callable[..., str]:
     def run(folder: Path, package: str, *arguments: str) -> str:
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         command = [sys.executable, "-m", f"{package}.cli", *arguments]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

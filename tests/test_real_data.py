@@ -12,6 +12,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "sst2"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes, each of which loads torch
 def test_five_hundred_sentences_teach_a_student_of_half_the_depth(beside_shared: Path, run_program: Callable[..., str]) -> None:
     run_program(beside_shared, "teacher_dump", "run", str(RECIPES / "dump.yaml"), "rows.sources.0.limit=500", "rows.sources.1.limit=200")
     (beside_shared / "teachers").unlink()

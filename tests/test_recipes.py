@@ -21,6 +21,7 @@ def test_a_recipe_parses(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes, each of which loads torch
 @pytest.mark.parametrize(
     ("name", "dumps", "trainings"),
     [("sst2", ["dump.yaml"], ["train.yaml"]), ("wikipedia", ["dump.yaml", "words.yaml"], ["train.yaml", "train-words.yaml"])],
