@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     work = ROOT / "out" / "methods" / options.name
     work.mkdir(parents=True, exist_ok=True)
     for folder in ("data", "teachers"):
@@ -45,7 +46,7 @@ def main() -> None:
     stored = sum(seal.size for commit in store.committed(name).values() for seal in commit.files.values())
     figures = {
         "recipe": options.name,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit,
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "store": {
             "rows": store.manifest.rows.rows,
