@@ -118,7 +118,7 @@ def dump_against_forward(recipe: DumpRecipe, rounds: int) -> dict[str, object]:
             writer.add_pass(name, teacher.info, teacher.statics())
             answer_all(teacher, store, writer, recipe.model_copy(update={"pass_name": name}))
 
-    return {"batches": len(batches), **ratios(bare, whole, rounds, int(rows.length.sum()))}
+    return {"batches": len(batches), **ratios(bare, whole, rounds, rows.info.tokens)}
 
 
 def _teacher(recipe: DumpRecipe) -> TeacherPass:
@@ -145,7 +145,7 @@ def training_against_memory(recipe: TrainRecipe, rounds: int, scratch: Path) -> 
         output.mkdir()
         train(bundle, [Source(store, teacher)], phase, output, recipe.seed)
 
-    tokens = sum(int(store.rows.length[rows].sum()) for rows in order)
+    tokens = sum(int(store.rows.at(rows).length.sum()) for rows in order)
     return {"steps": len(order), **ratios(lambda: learn(memory), lambda: learn(stored), rounds, tokens)}
 
 

@@ -23,9 +23,9 @@ def collate(store: Store, rows: Ints) -> Batch:
     Raises:
         CorruptShard: a file of the rows is damaged.
     """
-    info, table = store.manifest.rows, store.rows
+    info, numbers = store.manifest.rows, store.rows.at(rows)
     packed = {array.name: store.tokens(array.name, rows) for array in info.token_arrays}
-    return _batch(rows, packed, table.length[rows], table.label[rows], table.group[rows], info.objective, info.task, info.pad_id)
+    return _batch(rows, packed, numbers.length, store.rows.label_at(rows), numbers.group, info.objective, info.task, info.pad_id)
 
 
 def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -> Batch:

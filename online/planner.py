@@ -13,8 +13,8 @@ from typing import NamedTuple
 from online.derive import PAIRWISE, route, steps
 from store.codecs import feature_spec
 from store.features import LAYERED, SITES, Dtype, FeatureKey
-from store.rows import RowTable
 from store.shape import ModelShape, Wiring
+from store.table import RowTable
 
 
 class Units(NamedTuple):
@@ -26,7 +26,7 @@ class Units(NamedTuple):
     @classmethod
     def average(cls, rows: RowTable) -> "Units":
         """Those of the rows of a store."""
-        return cls(float(rows.length.mean()), float(rows.labelled.mean()))
+        return cls(rows.info.tokens / len(rows), float(rows.slot_labelled.sum()) / len(rows))
 
     def of(self, key: FeatureKey) -> float:
         """Stored units of ``key`` in an average row."""

@@ -7,8 +7,9 @@ from store.errors import CorruptShard, FingerprintMismatch, MissingFeature, Stor
 from store.features import ArraySpec, FeatureKey, FeatureSpec
 from store.manifest import Manifest, PassInfo, Provenance, RowsInfo, Task
 from store.reader import Store
-from store.rows import Row, RowTable
+from store.rows import Row
 from store.shape import ModelShape, Wiring
+from store.table import RowTable
 from store.writer import StoreWriter
 
 __all__ = [

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from store import commits, hierarchy, layout
 from store.errors import StoreError
 from store.features import ArraySpec
-from store.manifest import SCHEMA, Json, Manifest, Part, Provenance, RowsInfo, Task
+from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task
 from store.publish import file_crc32c, make_folder, sync_file, sync_folder
-from store.rows import COLUMNS, Row
-from store.shards import CHUNK, write_slot
+from store.rows import COLUMNS, ROW_ARRAYS, Row
+from store.shards import CHUNK, Shard, token_chunk, write_slot
 
 TOKEN_ARRAYS: dict[str, ArraySpec] = {
     "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
@@ -50,13 +50,14 @@ class RowWriter:
         self._exit.enter_context(commits.locked(path))
         with self._closing_on_error():
             _clear(path)
-            (path / "rows").mkdir()
+            for name in ROW_ARRAYS:
+                make_folder(layout.rows_array(path, name))
         self._arrays: dict[str, ArraySpec] = {}
         self._slot: list[Row] = []
         self._filled = 0
-        self._rows = self._tokens = 0
+        self._slots: list[tuple[int, int, int]] = []
         self._splits: Counter[str] = Counter()
-        self._crcs: dict[str, list[int]] = {}
+        self._crcs: dict[str, list[int]] = {name: [] for name in ROW_ARRAYS}
         self._table: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         self._parts: list[Part] = []
 
@@ -97,16 +98,19 @@ class RowWriter:
         options: Json,
         made: Provenance,
     ) -> RowsInfo:
-        """Commit the rows: write what is left and, last, the manifest. The arguments are those of RowsInfo and Manifest."""
+        """Commit the rows: write what is left and, last, the manifest. The arguments are those of RowsInfo, Origin and Manifest."""
         self._flush_slot()
         self._flush_part()
         if not self._parts:
             raise ValueError("expected at least one row, found none; is the corpus empty?")
+        rows, tokens, labelled = zip(*self._slots, strict=True)
         info = RowsInfo(
-            rows=self._rows,
-            tokens=self._tokens,
-            slots=len(self._crcs["input_ids"]),
+            rows=sum(rows),
+            tokens=sum(tokens),
+            slots=len(rows),
             slot_tokens=self.slot_tokens,
+            chunk_tokens=token_chunk(self.slot_tokens),
+            filled=Filled(rows=rows, tokens=tokens, labelled=labelled),
             copies=copies,
             bucket=bucket,
             objective=objective,
@@ -117,9 +121,8 @@ class RowWriter:
             slot_crcs={name: tuple(crcs) for name, crcs in self._crcs.items()},
             pad_id=pad_id,
             tokenizer=tokenizer,
-            corpus=corpus,
             building=building,
-            options=options,
+            origins=(Origin(corpus=corpus, options=options, slots=len(rows)),),
         )
         sync_folder(self.path / "rows")
         hierarchy.write(self.path, Manifest(schema_version=SCHEMA, rows=info, passes={}, made=made))
@@ -147,7 +150,7 @@ class RowWriter:
 
     def _start(self, row: Row) -> None:
         self._arrays = {name: spec for name, spec in TOKEN_ARRAYS.items() if getattr(row, name) is not None}
-        self._crcs = {name: [] for name in self._arrays}
+        self._crcs |= {name: [] for name in self._arrays}
         for name in self._arrays:
             make_folder(layout.tokens(self.path, name))
 
@@ -170,29 +173,32 @@ class RowWriter:
     def _flush_slot(self) -> None:
         if not self._slot:
             return
-        slot = len(self._crcs["input_ids"])
+        slot, rows = len(self._slots), len(self._slot)
         for name, spec in self._arrays.items():
             values: NDArray[Any] = np.concatenate([getattr(row, name) for row in self._slot])
             path = layout.slot_file(layout.tokens(self.path, name), slot, dimensions=1)
-            self._crcs[name].append(write_slot(path, values, spec, self.slot_tokens).crc32c)
-        offset = labelled_offset = 0
-        for index, row in enumerate(self._slot):
-            length = len(row.input_ids)
-            address = (slot, offset, length, index, row.labelled, labelled_offset)
+            shard = Shard(spec, self.slot_tokens, self._filled, token_chunk(self.slot_tokens))
+            self._crcs[name].append(write_slot(path, values, shard).crc32c)
+        for row in self._slot:
+            self._splits.setdefault(row.split, 0)
+        codes = {name: code for code, name in enumerate(self._splits)}
+        labels = np.array([np.nan if row.label is None else row.label for row in self._slot])
+        for name, kept in (("numbers", _numbers(self._slot, codes)), ("label", labels)):
+            path = layout.slot_file(layout.rows_array(self.path, name), slot)
+            self._crcs[name].append(write_slot(path, kept, Shard(ROW_ARRAYS[name], self.slot_tokens, rows)).crc32c)
+        for row in self._slot:
             spans = [{"start": start, "end": end} for start, end in row.spans]
-            origin = (row.group, row.copy, row.split, row.label, row.source, row.record, row.part, spans)
-            for name, value in zip(COLUMNS.names, address + origin, strict=True):
+            about = (row.split, row.copy, len(row.input_ids), row.label, row.source, row.record, row.part, spans)
+            for name, value in zip(COLUMNS.names, about, strict=True):
                 self._table[name].append(value)
-            self._splits[row.split] += 1
-            offset, labelled_offset = offset + length, labelled_offset + row.labelled
-        self._rows += len(self._slot)
-        self._tokens += self._filled
+        self._splits.update(row.split for row in self._slot)
+        self._slots.append((rows, self._filled, sum(row.labelled for row in self._slot)))
         self._slot, self._filled = [], 0
-        if len(self._table["slot"]) >= _PART_ROWS:
+        if len(self._table["split"]) >= _PART_ROWS:
             self._flush_part()
 
     def _flush_part(self) -> None:
-        rows = len(self._table["slot"])
+        rows = len(self._table["split"])
         if not rows:
             return
         path = layout.rows_part(self.path, len(self._parts))
@@ -203,6 +209,16 @@ class RowWriter:
             raise StoreError(f"cannot write {path}: {error.strerror or error}; make room or rights and start again") from error
         self._parts.append(Part(file=path.name, rows=rows, crc32c=file_crc32c(path)))
         self._table = {name: [] for name in COLUMNS.names}
+
+
+def _numbers(rows: Sequence[Row], splits: dict[str, int]) -> NDArray[np.int32]:
+    """[r, store.rows.NUMBERS] of the rows of a slot."""
+    length, labelled = (np.array(counts) for counts in zip(*((len(row.input_ids), row.labelled) for row in rows), strict=True))
+    group = np.array([row.group for row in rows])
+    within = np.cumsum(np.concatenate([[False], group[1:] != group[:-1]]))
+    copy, split = np.array([row.copy for row in rows]), np.array([splits[row.split] for row in rows])
+    numbers = [np.cumsum(length) - length, length, labelled, np.cumsum(labelled) - labelled, within, copy, split]
+    return np.stack(numbers, axis=1).astype(np.int32)
 
 
 def _where(row: Row) -> str:
@@ -230,9 +246,11 @@ def _claim(path: Path) -> None:
 
 def _clear(path: Path) -> None:
     """Remove what an unfinished build left, and nothing else."""
+    slots = r"zarr\.json|c\.\d+(\.0)?|\.(zarr\.json|c\.\d+(\.0)?)\.0\.tmp"
     ours = {
-        path / "rows": r"part-\d{5,}\.parquet",
-        **{layout.tokens(path, name): r"zarr\.json|c\.\d+|\.(zarr\.json|c\.\d+)\.0\.tmp" for name in TOKEN_ARRAYS},
+        **{layout.rows_array(path, name): slots for name in ROW_ARRAYS},
+        path / "rows": r"part-\d{5,}\.parquet|zarr\.json|\.zarr\.json\.0\.tmp",
+        **{layout.tokens(path, name): slots for name in TOKEN_ARRAYS},
         path / "tokens": r"zarr\.json|\.zarr\.json\.0\.tmp",
     }
     for folder, names in ours.items():

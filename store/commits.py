@@ -55,6 +55,11 @@ def locked(store: Path, writer: int = 0) -> Iterator[None]:
         yield
 
 
+def exclusive(store: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the whole store, to change what others only add to (manifest, drops, repairs); raises StoreBusy while anyone writes."""
+    return locked(store)
+
+
 def replay(store: Path, damaged: bool = False) -> dict[str, dict[int, Commit]]:
     """Pass -> shard -> commit, as all logs of ``store`` say now.
 

@@ -109,7 +109,7 @@ class FeatureKey:
         )
 
 
-Dtype = Literal["float32", "float16", "bfloat16", "int32", "uint16", "uint8"]
+Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float64", "int32", "int8", "uint16", "uint8"]
 
 
 class ArraySpec(Strict):
@@ -118,6 +118,8 @@ class ArraySpec(Strict):
     name: str
     dtype: Dtype
     width: int = Field(ge=1)
+    compression: Literal["none", "zstd"] = "none"
+    """Of its inner chunks: Zarr's codec ``blosc`` with zstd behind a bit shuffle."""
 
 
 class FeatureSpec(Strict):
@@ -141,4 +143,14 @@ class FeatureSpec(Strict):
         return sum(array.width * ITEM_BYTES[array.dtype] for array in self.arrays)
 
 
-ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint16": 2, "uint8": 1}
+ITEM_BYTES: dict[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int32": 4,
+    "int8": 1,
+    "uint16": 2,
+    "uint8": 1,
+}

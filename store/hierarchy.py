@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from store import layout
-from store.manifest import Manifest, manifest_bytes
+from store.blocks import CONFIGURATION
+from store.features import ArraySpec, Dtype
+from store.manifest import Manifest, RowsInfo, manifest_bytes
 from store.publish import make_folder, replace
-from store.shards import metadata, static_metadata
+from store.rows import NUMBERS, ROW_ARRAYS
+from store.shards import fill_value, numpy_dtype
 
 Json = dict[str, Any]
 
@@ -19,17 +24,21 @@ def nodes(manifest: Manifest) -> dict[str, Json]:
     """
     rows = manifest.rows
     arrays: dict[str, Json] = {}
+    for name, spec in ROW_ARRAYS.items():
+        if name in rows.slot_crcs:  # schema 1 has no such arrays
+            columns = {"columns": NUMBERS} if name == "numbers" else {}
+            arrays[f"rows/{name}"] = _array(rows, spec, "row", columns)
     for spec in rows.token_arrays:
-        arrays[f"tokens/{layout.safe(spec.name)}"] = metadata(spec, rows.slots, rows.slot_tokens, 1, {})
+        arrays[f"tokens/{layout.safe(spec.name)}"] = _array(rows, spec, "all", {}, dimensions=1)
     for pass_name, info in manifest.passes.items():
         for feature in info.features:
             key = feature.feature
             for array in feature.arrays:
                 attributes = {"key": str(key.of(pass_name)), "array": array.name}
                 path = f"{pass_name}/{layout.array_name(key, array.name)}"
-                arrays[path] = metadata(array, rows.slots, rows.slot_tokens, 2, attributes)
+                arrays[path] = _array(rows, array, key.positions, attributes)
         for static in info.statics:
-            arrays[f"static/{pass_name}/{layout.safe(static.name)}"] = static_metadata(static.dtype, static.shape)
+            arrays[f"static/{pass_name}/{layout.safe(static.name)}"] = _static(static.dtype, static.shape)
     groups = {path.rsplit("/", depth)[0] for path in arrays for depth in range(1, path.count("/") + 1)}
     below = {path: {"zarr_format": 3, "node_type": "group", "attributes": {}} for path in groups} | arrays
     root = {
@@ -57,3 +66,55 @@ def write(store: Path, manifest: Manifest) -> None:
         make_folder(layout.inside(store, path.parent))
         replace(path, data)
     replace(layout.manifest(store), manifest_bytes(manifest))
+
+
+def _array(rows: RowsInfo, array: ArraySpec, positions: str, attributes: Json, dimensions: int = 2) -> Json:
+    """An array [slots * S, W], or [slots * S] where ``dimensions`` is 1; one shard for each slot (store.shards)."""
+
+    def shape(tokens: int) -> list[int]:
+        return [tokens, array.width][:dimensions]
+
+    itemsize = numpy_dtype(array).itemsize
+    blosc = {"name": "blosc", "configuration": {**CONFIGURATION, "typesize": itemsize}}
+    sharding = {
+        "chunk_shape": shape(rows.chunk(array, positions)),
+        "codecs": [_bytes_codec(itemsize), *([] if array.compression == "none" else [blosc]), {"name": "crc32c"}],
+        "index_codecs": [_bytes_codec(8), {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape(rows.slots * rows.slot_tokens),
+        "data_type": numpy_dtype(array).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape(rows.slot_tokens)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": _fill(array),
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {"true_dtype": array.dtype, **attributes},
+    }
+
+
+def _static(dtype: Dtype, shape: tuple[int, ...]) -> Json:
+    """A weight, one chunk of its whole shape."""
+    spec = ArraySpec(name="", dtype=dtype, width=1)
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": numpy_dtype(spec).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": _fill(spec),
+        "codecs": [_bytes_codec(numpy_dtype(spec).itemsize), {"name": "crc32c"}],
+        "attributes": {"true_dtype": dtype},
+    }
+
+
+def _fill(array: ArraySpec) -> float | int | str:
+    fill = fill_value(array)
+    return "NaN" if np.isnan(fill) else fill
+
+
+def _bytes_codec(itemsize: int) -> Json:
+    return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}

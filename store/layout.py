@@ -55,6 +55,11 @@ def rows_part(store: Path, number: int) -> Path:
     return store / "rows" / f"part-{number:05}.parquet"
 
 
+def rows_array(store: Path, name: str) -> Path:
+    """Folder of an array of the row table."""
+    return store / "rows" / safe(name)
+
+
 def tokens(store: Path, name: str) -> Path:
     """Folder of a token array."""
     return store / "tokens" / safe(name)

@@ -3,6 +3,7 @@
 Which (shard, pass) is committed is not repeated here: the commit logs are the only record of it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,12 +14,13 @@ from store import layout
 from store.errors import StoreError
 from store.features import ArraySpec, FeatureSpec
 from store.publish import crc32c
+from store.schemas import READABLE, upgrade
 from store.shape import ModelShape, Wiring
 from store.shards import CHUNK
 from store.strict import Strict, parse
 
-SCHEMA = 1
-"""Version of the layout on disk; any change of it bumps this number and gets a line in CHANGELOG.md."""
+SCHEMA = 2
+"""Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]
 
@@ -51,6 +53,26 @@ class Part(Strict):
     crc32c: int
 
 
+class Origin(Strict):
+    """One build of rows: where the slots came from."""
+
+    corpus: str
+    """Fingerprint of the text and label columns in order."""
+    options: Json
+    """Row-building options as resolved."""
+    slots: int = Field(ge=1)
+    """How many slots it made; those of the first origin come first."""
+
+
+class Filled(Strict):
+    """What each slot holds, [slots] each."""
+
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    labelled: tuple[int, ...]
+    """Tokens that are scored against a label."""
+
+
 class RowsInfo(Strict):
     """The frozen inputs of every pass."""
 
@@ -58,6 +80,9 @@ class RowsInfo(Strict):
     tokens: int = Field(ge=1)
     slots: int = Field(ge=1)
     slot_tokens: int = Field(ge=CHUNK, multiple_of=CHUNK)
+    chunk_tokens: int = Field(ge=CHUNK, multiple_of=CHUNK)
+    """Tokens of an inner chunk of raw arrays that have a value for every token; all other chunks have 128 units."""
+    filled: Filled
     copies: int = Field(ge=1)
     bucket: int
     """Rows are padded to a multiple of this many tokens."""
@@ -69,16 +94,23 @@ class RowsInfo(Strict):
     token_arrays: tuple[ArraySpec, ...]
     """input_ids always; segments, documents, token_labels where rows have them."""
     slot_crcs: dict[str, tuple[int, ...]]
-    """Token array -> crc32c of each slot's file (store.shards.Seal)."""
+    """Token array, or array of the row table (store.rows.ROW_ARRAYS) -> crc32c of each slot's file (store.shards.Seal)."""
     pad_id: int
     tokenizer: str
     """Fingerprint: vocabulary, special tokens, normalisation, chat template."""
-    corpus: str
-    """Fingerprint of the text and label columns in order."""
     building: str
-    """Fingerprint of the options below."""
-    options: Json
-    """Row-building options as resolved."""
+    """Fingerprint of the options that rows of all origins share."""
+    origins: tuple[Origin, ...] = Field(min_length=1)
+
+    def chunk(self, array: ArraySpec, positions: str) -> int:
+        """Units of an inner chunk of an array with values for ``positions``."""
+        return self.chunk_tokens if positions == "all" and array.compression == "none" else CHUNK
+
+    @property
+    def corpus(self) -> str:
+        """Fingerprint of all texts: that of the one origin, or of their fingerprints in order."""
+        prints = [origin.corpus for origin in self.origins]
+        return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
 class Static(Strict):
@@ -140,14 +172,14 @@ def read_manifest(path: Path) -> Manifest:
     except ValueError as error:
         raise StoreError(f"{file} is damaged ({error}); put back a copy of it, or remove the folder and start the dump again") from None
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if version != SCHEMA:
-        raise StoreError(f"{file}: expected schema version {SCHEMA}, found {version}; read it with the release that made it, or dump again")
+    if version not in READABLE:
+        raise StoreError(f"{file}: expected schema version 1 to {SCHEMA}, found {version}; read it with a newer release, or dump again")
     body, _, last = data.rpartition(_CHECKSUM)
     if last != b"%d\n}\n" % crc32c(body):
         raise StoreError(f"{file} fails its checksum: it was damaged or edited; put back a copy of it, or remove the folder and dump again")
     del tree["crc32c"]
     try:
-        manifest = parse(Manifest, tree, str(file))
+        manifest = parse(Manifest, upgrade(path, tree), str(file))
         _check(manifest)
     except ValueError as error:
         raise StoreError(str(error)) from None
@@ -163,8 +195,17 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 def _check(manifest: Manifest) -> None:
     """What the types of the manifest do not say."""
     rows = manifest.rows
-    if sum(part.rows for part in rows.parts) != rows.rows or sum(rows.splits.values()) != rows.rows:
-        raise ValueError("manifest: the numbers of rows contradict each other")
+    filled = rows.filled
+    sums = sum(part.rows for part in rows.parts), sum(rows.splits.values()), sum(filled.rows)
+    if set(sums) != {rows.rows} or sum(filled.tokens) != rows.tokens or sum(origin.slots for origin in rows.origins) != rows.slots:
+        raise ValueError("manifest: the numbers of rows, tokens and slots contradict each other")
+    if {len(filled.rows), len(filled.tokens), len(filled.labelled)} != {rows.slots}:
+        raise ValueError(f"manifest: expected what is in each of {rows.slots} slots")
+    full = zip(filled.rows, filled.tokens, filled.labelled, strict=True)
+    if not all(1 <= of_rows <= tokens <= rows.slot_tokens and 0 <= labelled <= tokens for of_rows, tokens, labelled in full):
+        raise ValueError(f"manifest: expected slots of 1 to {rows.slot_tokens} tokens, with at least one in each row")
+    if rows.slot_tokens % rows.chunk_tokens:
+        raise ValueError(f"manifest: a slot of {rows.slot_tokens} tokens is not cut into chunks of {rows.chunk_tokens}")
     for array in rows.token_arrays:
         layout.safe(array.name)
         if array.width != 1 or len(rows.slot_crcs.get(array.name, ())) != rows.slots:

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from store.rows import Ints, RowTable
+from store.table import Ints, RowTable
 
 _TURNS = 2**64 - 1
 """Philox key of the cycle, which no source has."""
@@ -67,7 +67,7 @@ def units_of(rows: Ints, groups: Ints) -> Units:
 def source_of(table: RowTable, split: str | None, weight: float = 1.0) -> Source:
     """The rows of a split (all with None) as a source, one copy for each masking copy of the store."""
     chosen = [table.select(split, copy) for copy in range(table.info.copies)]
-    return Source(tuple(units_of(rows, table.group[rows]) for rows in chosen), weight)
+    return Source(tuple(units_of(rows, table.columns.group[rows]) for rows in chosen), weight)
 
 
 @dataclass(frozen=True)

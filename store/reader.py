@@ -1,26 +1,35 @@
-"""A store as its readers see it: committed features, copied once from memory-mapped files into packed arrays."""
+"""A store as its readers see it: committed features, copied once from memory-mapped files into packed arrays.
 
-import mmap
-import resource
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property, partial
+Shapes: n rows that are asked for, U their units (tokens, labelled tokens or rows), W width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import commits, layout
 from store.commits import Commit
-from store.errors import CorruptShard, MissingFeature
+from store.errors import MissingFeature
 from store.features import ArraySpec, FeatureKey, FeatureSpec
 from store.manifest import Manifest, read_manifest
-from store.rows import Ints, RowTable
-from store.shards import CHUNK, Seal, Shard, numpy_dtype
+from store.opened import SlotFile
+from store.shards import Seal, Shard, numpy_dtype
 from store.statics import read_static
+from store.table import Ints, Numbers, RowTable
 
-_Found = tuple[Path, Shard, Seal | None]
+Arrays = dict[str, NDArray[Any]]
+"""The stored arrays of one feature by name, packed [U, W]; bfloat16 as uint16."""
+
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Gives so many bytes to write into."""
+
+_ALIGNED = 64
+"""Arrays in one buffer start at multiples of this many bytes."""
 
 
 class Store:
@@ -32,8 +41,6 @@ class Store:
         self.manifest = manifest
         self.rows = RowTable(path, manifest.rows)
         self._specs = {(name, spec.feature): spec for name, info in manifest.passes.items() for spec in info.features}
-        self._open: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
-        self._checked: set[Path] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store.open, (self.path,)
@@ -66,31 +73,45 @@ class Store:
             raise MissingFeature(f"{self.path} has no {key}; it holds {stored}")
         return spec
 
-    def read(self, key: FeatureKey, rows: Ints) -> dict[str, NDArray[Any]]:
-        """The stored arrays of ``key`` for ``rows``, packed [units, width] in their order (bfloat16 as uint16).
+    def read(self, key: FeatureKey, rows: Ints) -> Arrays:
+        """The stored arrays of ``key`` for ``rows``, packed in their order; :meth:`read_all` of one key."""
+        return self.read_all([key], rows)[key]
 
-        A row has one unit for each of its tokens, of its labelled tokens, or one, by the key's positions. Each file is
-        checked whole when this reader first touches it.
+    def read_all(self, keys: Sequence[FeatureKey], rows: Ints, allocate: Allocate | None = None) -> dict[FeatureKey, Arrays]:
+        """The stored arrays of ``keys`` for ``rows`` [n], packed in their order into one buffer, one copy for each byte.
+
+        A row has one unit for each of its tokens, of its labelled tokens, or one, by the key's positions. Chunks are
+        compared with their checksums when this reader first touches them.
+
+        Args:
+            allocate: Where the buffer comes from; by default NumPy. Memory that processes share spares them a copy.
 
         Raises:
-            MissingFeature: the key is not stored, or not yet for all of these rows.
+            MissingFeature: a key is not stored, or not yet for all of these rows.
             CorruptShard: a file is missing, of another size, or fails its checksum.
         """
-        spec = self.spec(key)
-        start, length, _ = self.rows.units(key.positions)
-        slots = self.rows.slot[rows]
-        committed = self._commits.get(key.pass_name, {})
-        if missing := sorted({int(slot) for slot in slots} - committed.keys()):
-            have, of = len(self.committed(key.pass_name)), self.manifest.rows.slots
-            raise MissingFeature(
-                f"{self.path}: pass {key.pass_name} has {have} of {of} shards, not {missing[:5]}; start its dump again to go on"
-            )
-        packed = {}
-        for array in spec.arrays:
-            name = layout.array_name(key, array.name)
-            views = self._views(f"{key.pass_name}/{name}", slots, partial(self._find, key, array))
-            packed[array.name] = _gather(views, slots, start[rows], length[rows], array)
-        return packed
+        specs = {key: self.spec(key) for key in keys}
+        numbers = self.rows.at(rows)
+        slots = set(numbers.slot.tolist())
+        for pass_name in {key.pass_name for key in keys}:
+            if missing := sorted(slots - self._commits.get(pass_name, {}).keys()):
+                have, of = len(self.committed(pass_name)), self.manifest.rows.slots
+                raise MissingFeature(
+                    f"{self.path}: pass {pass_name} has {have} of {of} shards, not {missing[:5]}; start its dump again to go on"
+                )
+        arrays = [(key, array) for key, spec in specs.items() for array in spec.arrays]
+        counts = {positions: int(numbers.units(positions)[1].sum()) for positions in {key.positions for key in keys}}
+        packed = _buffers([(counts[key.positions], array) for key, array in arrays], allocate)
+        pieces: dict[tuple[str, int], _Pieces] = {}
+        found: dict[FeatureKey, Arrays] = {key: {} for key in keys}
+        for (key, array), out in zip(arrays, packed, strict=True):
+            chunk = self.manifest.rows.chunk(array, key.positions)
+            if (places := pieces.get((key.positions, chunk))) is None:
+                places = pieces[key.positions, chunk] = _pieces(numbers, key.positions, chunk)
+            folder = layout.array(self.path, key.pass_name, layout.array_name(key, array.name))
+            _gather({slot: self._slot_file(folder, key, array, slot) for slot in slots}, places, out)
+            found[key][array.name] = out
+        return found
 
     def tokens(self, name: str, rows: Ints) -> NDArray[Any]:
         """Token array ``name`` (input_ids, segments, documents, token_labels) for ``rows``, packed [tokens].
@@ -105,9 +126,17 @@ class Store:
             raise MissingFeature(
                 f"{self.path} has no token array {name!r}; it holds {', '.join(array.name for array in info.token_arrays)}"
             )
-        slots = self.rows.slot[rows]
-        views = self._views(f"tokens/{name}", slots, partial(self._find_tokens, array))
-        return _gather(views, slots, self.rows.offset[rows], self.rows.length[rows], array)[:, 0]
+        numbers = self.rows.at(rows)
+        (out,) = _buffers([(int(numbers.length.sum()), array)], None)
+        folder = layout.tokens(self.path, name)
+
+        def find(slot: int) -> tuple[Shard, Seal | None]:
+            shard = self.rows.shard(array, "all", slot)
+            return shard, Seal(shard.size, info.slot_crcs[name][slot])
+
+        files = {slot: self.rows.files.get(folder, slot, find, self._mend, dimensions=1) for slot in set(numbers.slot.tolist())}
+        _gather(files, _pieces(numbers, "all", info.chunk(array, "all")), out)
+        return out[:, 0]
 
     def statics(self, pass_name: str) -> dict[str, NDArray[Any]]:
         """The weights that ship with a pass, by name (store.shape.STATICS), bfloat16 as uint16."""
@@ -119,63 +148,61 @@ class Store:
     def _commits(self) -> dict[str, dict[int, Commit]]:
         return commits.replay(self.path)
 
-    def _views(self, array: str, slots: Ints, find: Callable[[int], _Found]) -> dict[int, NDArray[Any]]:
-        """Slot -> its chunks of ``array`` [chunks, 128, W], without a copy; ``find`` tells what file that must be."""
-        views = {}
-        for slot in set(slots.tolist()):
-            if (view := self._open.get((array, slot))) is None:
-                view = self._open[array, slot] = self._map(*find(slot))
-                if len(self._open) > _most_open():
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end((array, slot))
-            views[slot] = view
-        return views
+    @property
+    def _mend(self) -> str:
+        return f"mend it with teacher-dump verify --repair {self.path} and start the dump again"
 
-    def _find(self, key: FeatureKey, array: ArraySpec, slot: int) -> _Found:
-        name = layout.array_name(key, array.name)
-        units = int(self.rows.units(key.positions)[2][slot])
-        path = layout.slot_file(layout.array(self.path, key.pass_name, name), slot)
-        return path, Shard(array, self.manifest.rows.slot_tokens, units), self._commits[key.pass_name][slot].files.get(name)
+    def _slot_file(self, folder: Path, key: FeatureKey, array: ArraySpec, slot: int) -> SlotFile:
+        def find(slot: int) -> tuple[Shard, Seal | None]:
+            seal = self._commits[key.pass_name][slot].files.get(layout.array_name(key, array.name))
+            return self.rows.shard(array, key.positions, slot), seal
 
-    def _find_tokens(self, array: ArraySpec, slot: int) -> _Found:
-        info = self.manifest.rows
-        shard = Shard(array, info.slot_tokens, int(self.rows.slot_tokens[slot]))
-        path = layout.slot_file(layout.tokens(self.path, array.name), slot, dimensions=1)
-        return path, shard, Seal(shard.size, info.slot_crcs[array.name][slot])
-
-    def _map(self, path: Path, shard: Shard, seal: Seal | None) -> NDArray[Any]:
-        try:
-            with path.open("rb") as handle:
-                file = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except FileNotFoundError:
-            raise self._corrupt(path, "the file is missing") from None
-        except ValueError:
-            raise self._corrupt(path, "the file is empty") from None
-        if path not in self._checked and (problem := shard.problem(file, seal)):
-            raise self._corrupt(path, problem)
-        self._checked.add(path)
-        return shard.view(file)
-
-    def _corrupt(self, path: Path, what: str) -> CorruptShard:
-        return CorruptShard(f"{path}: {what}; mend it with teacher-dump verify --repair {self.path} and start the dump again")
+        return self.rows.files.get(folder, slot, find, self._mend)
 
 
-def _most_open() -> int:
-    """How many files may be mapped at a time: each map holds a file descriptor, and others need some too."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)
+class _Pieces(NamedTuple):
+    """Runs of units inside one chunk: which, and where they go. Lists, because the loop over them is Python's."""
+
+    slot: list[int]
+    chunk: list[int]
+    first: list[int]
+    after: list[int]
+    start: list[int]
+    stop: list[int]
 
 
-def _gather(views: dict[int, NDArray[Any]], slots: Ints, starts: Ints, lengths: Ints, array: ArraySpec) -> NDArray[Any]:
-    """Copy each row's units out of the chunks of its slot into one array [units, W]."""
-    packed = np.empty((int(lengths.sum()), array.width), numpy_dtype(array))
-    at = 0
-    for slot, start, left in zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-        chunks = views[slot]
-        while left:
-            chunk, first = divmod(start, CHUNK)
-            take = min(CHUNK - first, left)
-            packed[at : at + take] = chunks[chunk, first : first + take]
-            at, start, left = at + take, start + take, left - take
-    return packed
+def _pieces(numbers: Numbers, positions: str, chunk: int) -> _Pieces:
+    """The units of rows, cut where a chunk ends."""
+    first, count = numbers.units(positions)
+    chunks = np.where(count > 0, (first + count - 1) // chunk - first // chunk + 1, 0)
+    row = np.repeat(np.arange(len(first)), chunks)
+    number = first[row] // chunk + np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    begin = np.maximum(first[row] - number * chunk, 0)
+    end = np.minimum((first + count)[row] - number * chunk, chunk)
+    stop = np.cumsum(end - begin)
+    columns = (numbers.slot[row], number, begin, end, stop - (end - begin), stop)
+    return _Pieces(*(column.tolist() for column in columns))
+
+
+def _gather(files: dict[int, SlotFile], pieces: _Pieces, out: NDArray[Any]) -> None:
+    """Copy every piece out of the chunks of its slot to its place in ``out`` [U, W]."""
+    if not all(file.sound for file in files.values()):
+        for slot, chunk in set(zip(pieces.slot, pieces.chunk, strict=True)):
+            if not files[slot].checked(chunk):
+                files[slot].check(chunk)
+    chunks = {slot: file.chunks for slot, file in files.items()}
+    for slot, chunk, first, after, start, stop in zip(*pieces, strict=True):
+        out[start:stop] = chunks[slot][chunk, first:after]
+
+
+def _buffers(wanted: Sequence[tuple[int, ArraySpec]], allocate: Allocate | None) -> list[NDArray[Any]]:
+    """Arrays [units, W] inside one buffer."""
+    sizes = [units * array.width * numpy_dtype(array).itemsize for units, array in wanted]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + math.ceil(size / _ALIGNED) * _ALIGNED)
+    buffer = np.empty(starts[-1], np.uint8) if allocate is None else allocate(starts[-1])
+    return [
+        buffer[start : start + size].view(numpy_dtype(array)).reshape(units, array.width)
+        for start, size, (units, array) in zip(starts, sizes, wanted, strict=False)
+    ]

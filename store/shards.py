@@ -1,33 +1,38 @@
-"""One file for each slot of an array: a Zarr v3 shard (``sharding_indexed``) of inner chunks of 128 tokens.
+"""One file for each slot of an array: a Zarr v3 shard (``sharding_indexed``) of inner chunks.
 
-A file holds the chunks that have tokens, each followed by its crc32c, then the index (offset and length of every chunk
-of the slot) with its crc32c. Chunks are never compressed, so their offsets follow from a constant stride.
+A file holds the chunks that have units, each followed by its crc32c, then the index (offset and length of every chunk
+of the slot) with its crc32c. Chunks that are not compressed have a constant stride, so that any value is found without
+the index.
 
-Shapes: U units (tokens, labelled tokens or rows) that fill a slot from its start, W width, S units a slot has room for.
+Shapes: U units (tokens, labelled tokens or rows) that fill a slot from its start, W width, S units a slot has room for,
+C units of a chunk.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.blocks import compress, decompress
 from store.features import ITEM_BYTES, ArraySpec
 from store.publish import Bytes, crc32c, publish
 
 CHUNK = 128
-"""Units of an inner chunk; slots are a multiple of it."""
+"""Units of an inner chunk where nothing is said; slots are a multiple of it."""
+
+TOKEN_CHUNK = 1024
+"""Tokens of an inner chunk where every token has a raw value: rows then seldom span two. Slots of another size have the largest
+common divisor. Measured with benchmarks/store_read.py: longer chunks gain nothing, 128 cost a third more CPU."""
 
 BFLOAT16_NAN = 0x7FC0
 
-_CRC_BYTES = 4
+CRC_BYTES = 4
 _MISSING = np.uint64(2**64 - 1)
 """Offset and length of a chunk that is not there; Zarr readers give the fill value for it."""
-
-Json = dict[str, Any]
 
 
 class Seal(NamedTuple):
@@ -42,25 +47,42 @@ class Seal(NamedTuple):
     """Of the chunks' checksums, four bytes each, in order."""
 
 
+def token_chunk(slot_tokens: int) -> int:
+    """Tokens of an inner chunk of a raw array that has a value for every token."""
+    return math.gcd(slot_tokens, TOKEN_CHUNK)
+
+
 def numpy_dtype(array: ArraySpec) -> np.dtype[Any]:
-    """Type of the array on disk and in memory; bfloat16, which Zarr and NumPy lack, is held as uint16."""
-    return np.dtype("uint16" if array.dtype == "bfloat16" else array.dtype).newbyteorder("<")
+    """Type of the array on disk and in memory; what Zarr and NumPy lack is held as unsigned integers of its size."""
+    held = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+    return np.dtype(held.get(array.dtype, array.dtype)).newbyteorder("<")
 
 
 def fill_value(array: ArraySpec) -> float | int:
-    """What a missing value reads as: NaN, so that it is never taken for a zero, and 0 for ids."""
-    if array.dtype == "bfloat16":
-        return BFLOAT16_NAN
-    return float("nan") if array.dtype in ("float32", "float16") else 0
+    """What a missing value reads as: NaN, so that it is never taken for a zero, and 0 for whole numbers.
+
+    Arrays of whole numbers that stand for real ones have a scale beside them, and that reads as NaN.
+    """
+    bits = {"bfloat16": BFLOAT16_NAN, "float8_e4m3fn": 0x7F}
+    if array.dtype in bits:
+        return bits[array.dtype]
+    return float("nan") if numpy_dtype(array).kind == "f" else 0
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The bytes of one slot of an array: how many units it holds and where they stand."""
+    """The bytes of one slot of an array: how many units it holds and where they stand. RowTable.shard makes them."""
 
     array: ArraySpec
     slot_tokens: int
     units: int
+    chunk: int = CHUNK
+    """Units of an inner chunk."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether chunks hold the values as they are."""
+        return self.array.compression == "none"
 
     @property
     def unit_bytes(self) -> int:
@@ -68,18 +90,24 @@ class Shard:
 
     @property
     def stride(self) -> int:
-        """Bytes from one chunk to the next."""
-        return CHUNK * self.unit_bytes + _CRC_BYTES
+        """Bytes from one raw chunk to the next."""
+        return self.chunk * self.unit_bytes + CRC_BYTES
 
     @property
     def chunks(self) -> int:
         """Chunks with units in them; those after are missing."""
-        return -(-self.units // CHUNK)
+        return -(-self.units // self.chunk)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes at the end of the file: the index and its checksum."""
+        return self.slot_tokens // self.chunk * 16 + CRC_BYTES
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return self.chunks * self.stride + self.slot_tokens // CHUNK * 16 + _CRC_BYTES
+        """Bytes of the file; for compressed arrays the most it can be."""
+        slack = 0 if self.raw else 64  # a blosc frame of data that does not compress is 16 bytes longer, its blocks a little
+        return self.chunks * (self.stride + slack) + self.index_bytes
 
     def check(self, values_UW: NDArray[Any], where: str) -> None:
         """Raise a ValueError that names ``where`` unless ``values_UW`` are the [U, W] of this type (or [U] for W = 1)."""
@@ -87,114 +115,76 @@ class Shard:
         if values_UW.dtype != dtype or (values_UW.shape != shape and (self.array.width > 1 or values_UW.shape != shape[:1])):
             raise ValueError(f"{where}: expected {dtype} {list(shape)}, found {values_UW.dtype} {list(values_UW.shape)}")
 
-    def split(self, values_UW: NDArray[Any]) -> list[NDArray[Any]]:
-        """``values_UW`` as chunks [128, W]: views, but for a last one that has to be filled up."""
+    def split(self, values_UW: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        """``values_UW`` as chunks [C, W]: views, but for a last one that has to be filled up."""
         dtype = numpy_dtype(self.array)
         values_UW = np.ascontiguousarray(values_UW, dtype).reshape(self.units, self.array.width)
-        chunks = [values_UW[start : start + CHUNK] for start in range(0, self.units, CHUNK)]
-        if self.units % CHUNK:
-            last = np.full((CHUNK, self.array.width), fill_value(self.array), dtype)
-            last[: len(chunks[-1])] = chunks[-1]
-            chunks[-1] = last
-        return chunks
+        for start in range(0, self.units, self.chunk):
+            values_CW = values_UW[start : start + self.chunk]
+            if len(values_CW) < self.chunk:
+                last = np.full((self.chunk, self.array.width), fill_value(self.array), dtype)
+                last[: len(values_CW)] = values_CW
+                values_CW = last
+            yield values_CW
 
-    def index(self) -> bytes:
-        """Offset and length of every chunk of the slot, [S / 128, 2] uint64."""
-        index = np.full((self.slot_tokens // CHUNK, 2), _MISSING, "<u8")
-        index[: self.chunks, 0] = np.arange(self.chunks, dtype=np.uint64) * np.uint64(self.stride)
-        index[: self.chunks, 1] = self.stride
+    def index(self, lengths: list[int] | None = None) -> bytes:
+        """Offset and length of every chunk of the slot, [S / C, 2] uint64; raw chunks all have the same length."""
+        index = np.full((self.slot_tokens // self.chunk, 2), _MISSING, "<u8")
+        sizes = np.array([self.stride] * self.chunks if lengths is None else lengths, np.uint64)
+        index[: self.chunks, 0] = np.cumsum(sizes) - sizes
+        index[: self.chunks, 1] = sizes
         return index.tobytes()
 
+    def bounds(self, index: bytes) -> NDArray[np.int64] | None:
+        """[chunks + 1] where each chunk with its checksum begins in the file, from the index bytes; None where they make no sense."""
+        if index[-CRC_BYTES:] != checksum(index[:-CRC_BYTES]):
+            return None
+        pairs = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(-1, 2)
+        lengths = pairs[: self.chunks, 1]
+        if self.chunks and (int(lengths.max()) > self.stride + 64 or int(lengths.min()) < CRC_BYTES):
+            return None
+        if self.index(lengths.tolist()) != index[:-CRC_BYTES] or (self.raw and (lengths != self.stride).any()):
+            return None
+        return np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
+
     def view(self, file: NDArray[np.uint8]) -> NDArray[Any]:
-        """The chunks inside ``file``, the bytes of a whole file, as [chunks, 128, W] without a copy."""
+        """The raw chunks inside ``file``, the bytes of a whole file, as [chunks, C, W] without a copy."""
         dtype = numpy_dtype(self.array)
-        shape = (self.chunks, CHUNK, self.array.width)
+        shape = (self.chunks, self.chunk, self.array.width)
         return np.ndarray(shape, dtype, file.data, 0, (self.stride, self.unit_bytes, dtype.itemsize))
 
-    def seal(self, checksums: list[bytes]) -> Seal:
-        """What the file must be when its chunks have these ``checksums``."""
-        return Seal(self.size, crc32c(b"".join(checksums)))
-
-    def problem(self, file: NDArray[np.uint8], seal: Seal | None) -> str | None:
-        """What is wrong with ``file``, the bytes of a whole file that was committed as ``seal``; None if nothing."""
-        if len(file) != self.size:
-            return f"expected {self.size} bytes, found {len(file)}"
-        index = self.index()
-        if file[self.chunks * self.stride :].tobytes() != index + checksum(index):
-            return "the chunk index is damaged"
-        checksums = []
-        for start in range(0, self.chunks * self.stride, self.stride):
-            chunk, stored = np.split(file[start : start + self.stride], [self.stride - _CRC_BYTES])
-            checksums.append(stored.tobytes())
-            if checksum(chunk) != checksums[-1]:
-                return f"chunk {start // self.stride} fails its checksum"
-        return None if self.seal(checksums) == seal else "the file is not the one that was committed"
+    def decoded(self, chunk: bytes) -> NDArray[Any] | None:
+        """The [C, W] of a compressed chunk (without its checksum); None where it does not hold that."""
+        data = decompress(chunk, self.chunk * self.unit_bytes)
+        return None if data is None else np.frombuffer(data, numpy_dtype(self.array)).reshape(self.chunk, self.array.width)
 
 
-def write_slot(path: Path, values_UW: NDArray[Any], array: ArraySpec, slot_tokens: int, writer: int = 0) -> Seal:
+def write_slot(path: Path, values_UW: NDArray[Any], shard: Shard, writer: int = 0) -> Seal:
     """Publish the file of one slot from its values [U, W] (bfloat16 as uint16); what it must be from now on.
 
     Raises:
         StoreError: the file exists, or cannot be written.
-        ValueError: the values have another type or shape than ``array``.
+        ValueError: the values have another type or shape than ``shard``.
     """
-    shard = Shard(array, slot_tokens, len(values_UW))
     shard.check(values_UW, str(path))
-    chunks, index = shard.split(values_UW), shard.index()
-    checksums = [checksum(chunk) for chunk in chunks]
-    body: Iterator[Bytes] = chain.from_iterable(zip(chunks, checksums, strict=True))
-    publish(path, chain(body, (index, checksum(index))), writer)
-    return shard.seal(checksums)
+    lengths: list[int] = []
+    checksums: list[bytes] = []
+
+    def pieces() -> Iterator[Bytes]:
+        for values_CW in shard.split(values_UW):
+            chunk = values_CW if shard.raw else compress(values_CW)
+            checksums.append(checksum(chunk))
+            lengths.append((chunk.nbytes if isinstance(chunk, np.ndarray) else len(chunk)) + CRC_BYTES)
+            yield chunk
+            yield checksums[-1]
+        index = shard.index(lengths)
+        yield index
+        yield checksum(index)
+
+    publish(path, pieces(), writer)
+    return Seal(sum(lengths) + shard.index_bytes, crc32c(b"".join(checksums)))
 
 
 def checksum(data: Bytes) -> bytes:
     """The crc32c of ``data`` as Zarr's codec of that name appends it."""
-    return crc32c(data).to_bytes(_CRC_BYTES, "little")
-
-
-def metadata(array: ArraySpec, slots: int, slot_tokens: int, dimensions: int, attributes: Json) -> Json:
-    """``zarr.json`` of an array [slots * S, W], or [slots * S] where ``dimensions`` is 1."""
-
-    def shape(tokens: int) -> list[int]:
-        return [tokens, array.width][:dimensions]
-
-    checked = [_bytes_codec(numpy_dtype(array).itemsize), {"name": "crc32c"}]
-    sharding = {
-        "chunk_shape": shape(CHUNK),
-        "codecs": checked,
-        "index_codecs": [_bytes_codec(8), {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    fill = fill_value(array)
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": shape(slots * slot_tokens),
-        "data_type": numpy_dtype(array).name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape(slot_tokens)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if np.isnan(fill) else fill,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {"true_dtype": array.dtype, **attributes},
-    }
-
-
-def static_metadata(dtype: str, shape: tuple[int, ...]) -> Json:
-    """``zarr.json`` of a weight, one chunk of its whole shape."""
-    spec = ArraySpec(name="", dtype=dtype, width=1)
-    fill = fill_value(spec)
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": numpy_dtype(spec).name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if np.isnan(fill) else fill,
-        "codecs": [_bytes_codec(numpy_dtype(spec).itemsize), {"name": "crc32c"}],
-        "attributes": {"true_dtype": dtype},
-    }
-
-
-def _bytes_codec(itemsize: int) -> Json:
-    return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
+    return crc32c(data).to_bytes(CRC_BYTES, "little")

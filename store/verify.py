@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from store import commits, hierarchy, layout
 from store.commits import Commit
+from store.errors import CorruptShard
 from store.manifest import Manifest, read_manifest
+from store.opened import SlotFile
 from store.publish import make_folder, replace
-from store.rows import RowTable
 from store.shards import Seal, Shard
 from store.statics import static_problem
+from store.table import RowTable
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def repair(path: Path) -> list[Problem]:
         StoreError: there is no store to speak of.
     """
     manifest = read_manifest(path)
-    with commits.locked(path):
+    with commits.exclusive(path):
         problems = verify(path)
         for writer in commits.writers(path):
             commits.salvage(path, writer)
@@ -87,11 +87,9 @@ def _problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             if what := static_problem(path, pass_name, static):
                 file = layout.static(path, pass_name, static.name)
                 yield Problem(file, what, "start the dump again: it writes the weights anew", pass_name=pass_name)
-    if broken:
-        return  # how long the files of a slot must be is not known
     for array in manifest.rows.token_arrays:
         for slot, crc in enumerate(manifest.rows.slot_crcs[array.name]):
-            shard = Shard(array, manifest.rows.slot_tokens, int(rows.slot_tokens[slot]))
+            shard = rows.shard(array, "all", slot)
             file = layout.slot_file(layout.tokens(path, array.name), slot, dimensions=1)
             if what := _problem(file, shard, Seal(shard.size, crc)):
                 yield Problem(file, what, anew, shard=slot)
@@ -107,17 +105,21 @@ def _shard_problems(path: Path, manifest: Manifest, rows: RowTable, commit: Comm
         return  # left by a pass that was dropped; nothing reads it
     for feature in info.features:
         key = feature.feature
-        units = int(rows.units(key.positions)[2][commit.shard])
         for array in feature.arrays:
             name = layout.array_name(key, array.name)
             file = layout.slot_file(layout.array(path, commit.pass_name, name), commit.shard)
-            if what := _problem(file, Shard(array, manifest.rows.slot_tokens, units), commit.files.get(name)):
+            if what := _problem(file, rows.shard(array, key.positions, commit.shard), commit.files.get(name)):
                 yield file, what
 
 
 def _problem(file: Path, shard: Shard, seal: Seal | None) -> str | None:
-    if not file.is_file():
-        return "the file is missing"
-    if file.stat().st_size != shard.size:
-        return f"expected {shard.size} bytes, found {file.stat().st_size}"
-    return shard.problem(np.fromfile(file, np.uint8), seal)
+    """What is wrong with a slot file, every byte of it read; None if nothing."""
+    if seal is None:
+        return "nothing was committed for it"
+    try:
+        opened = SlotFile(file, shard, seal, mapped=False)
+        for chunk in range(shard.chunks):
+            opened.decode(chunk)
+    except CorruptShard as error:
+        return str(error).removeprefix(f"{file}: ")
+    return None

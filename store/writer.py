@@ -13,10 +13,10 @@ from store import commits, hierarchy, layout
 from store.commits import Commit
 from store.errors import FingerprintMismatch, StoreError
 from store.features import FeatureKey, FeatureSpec
-from store.manifest import Manifest, PassInfo, Static, read_manifest
-from store.rows import RowTable
-from store.shards import Shard, write_slot
+from store.manifest import SCHEMA, Manifest, PassInfo, Static, read_manifest
+from store.shards import write_slot
 from store.statics import describe_statics, write_statics
+from store.table import RowTable
 
 _FOR_PEOPLE = {"made", "model"}
 """Fields of a pass that say where it came from, not what it is."""
@@ -46,6 +46,11 @@ class StoreWriter:
             layout.building(path).unlink(missing_ok=True)
             commits.trim(path)
             manifest = read_manifest(path)
+            if manifest.schema_version != SCHEMA:
+                raise StoreError(
+                    f"{path} has schema version {manifest.schema_version}, which is only read; "
+                    f"write it as {SCHEMA} with: teacher-dump copy {path} NEW-FOLDER"
+                )
             return cls(path, manifest, RowTable(path, manifest.rows), lock.pop_all())
 
     def add_pass(self, name: str, info: PassInfo, statics: Mapping[str, NDArray[Any]]) -> None:
@@ -106,22 +111,21 @@ class StoreWriter:
         if set(given) != {feature.feature for feature in info.features}:
             wanted = sorted(feature.key for feature in info.features)
             raise ValueError(f"pass {pass_name}: expected features {wanted}, found {sorted(str(key) for key in given)}")
-        slot_tokens = self.manifest.rows.slot_tokens
         todo = []
         for feature in info.features:
             key = feature.feature
-            units = int(self.rows.units(key.positions)[2][shard])
             if set(given[key]) != {array.name for array in feature.arrays}:
                 raise ValueError(f"{key}: expected arrays {[array.name for array in feature.arrays]}, found {sorted(given[key])}")
             for array in feature.arrays:
                 values = given[key][array.name]
-                Shard(array, slot_tokens, units).check(values, f"shard {shard} of {key}")
-                todo.append((layout.array_name(key, array.name), array, values))
+                of_slot = self.rows.shard(array, key.positions, shard)
+                of_slot.check(values, f"shard {shard} of {key}")
+                todo.append((layout.array_name(key, array.name), of_slot, values))
         files = {}
-        for name, array, values in todo:
+        for name, of_slot, values in todo:
             path = layout.slot_file(layout.array(self.path, pass_name, name), shard)
             path.unlink(missing_ok=True)  # a run that was killed before its commit line may have left one
-            files[name] = write_slot(path, values, array, slot_tokens)
+            files[name] = write_slot(path, values, of_slot)
         commits.append(self.path, pass_name, shard, files)
         self._committed.setdefault(pass_name, {})[shard] = Commit(pass_name, shard, files)
 

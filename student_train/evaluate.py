@@ -48,7 +48,7 @@ def held_out_rows(store: Store, split: str, limit: int | None) -> NDArray[np.int
     if not len(rows):
         raise ValueError(f"{store.path}: split {split!r} has no rows to measure on")
     if limit is not None and limit < len(rows):
-        groups = store.rows.group[rows]
+        groups = store.rows.at(rows).group
         rows = rows[: int(np.flatnonzero(groups == groups[limit - 1])[-1]) + 1]
     return rows
 
@@ -99,7 +99,7 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, 
 
 def batches(data: HeldOut) -> Iterator[NDArray[np.int64]]:
     """About BATCH_ROWS rows at a time, cut between groups."""
-    groups = data.store.rows.group[data.rows]
+    groups = data.store.rows.at(data.rows).group
     starts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
     first = 0
     for end, following in zip(starts[1:], [*starts[2:], None], strict=True):

@@ -149,7 +149,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         bundle = Bundle(start.student, _methods(one, recipe.seed))
         stores = {data.store: Store.open(data.store) for data in (*phase.data, *phase.evaluate)}
         for store in stores.values():
-            check_length(start.student, int(store.rows.length.max()))
+            check_length(start.student, store.rows.longest)
         sources = [_source(one, data, stores[data.store]) for data in phase.data]
         held_out = [_held_out(one, data, stores[data.store]) for data in phase.evaluate]
         if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from online.batch import BUCKET
 from store.features import FeatureKey, FeatureSpec
-from store.rows import Ints, RowTable
 from store.shards import numpy_dtype
+from store.table import Ints, RowTable
 
 Arrays = dict[FeatureKey, dict[str, NDArray[Any]]]
 """Feature -> array name -> packed [units, width]."""
@@ -20,13 +20,12 @@ Arrays = dict[FeatureKey, dict[str, NDArray[Any]]]
 
 def rows_of(rows: RowTable, shard: int) -> Ints:
     """Numbers of the rows in a shard, ascending."""
-    first, after = np.searchsorted(rows.slot, [shard, shard + 1])
-    return np.arange(first, after)
+    return rows.rows_of(shard)
 
 
 def padded_lengths(rows: RowTable, members: Ints) -> Ints:
     """[B] tokens of each row with its padding."""
-    return -(-rows.length[members] // BUCKET) * BUCKET
+    return -(-rows.at(members).length // BUCKET) * BUCKET
 
 
 def cut(rows: RowTable, members: Ints, batch_tokens: int) -> list[Ints]:
@@ -50,14 +49,14 @@ class ShardBuffer:
         self._rows = rows
         self.arrays: Arrays = {}
         for spec in specs:
-            units = int(rows.units(spec.feature.positions)[2][shard])
+            units = int(rows.slot_units(spec.feature.positions)[shard])
             self.arrays[spec.feature] = {array.name: np.empty((units, array.width), numpy_dtype(array)) for array in spec.arrays}
 
     def place(self, members: Ints, answers: Arrays) -> None:
         """Put what was captured for the rows ``members``, packed in their order, where these rows lie in the shard."""
+        numbers = self._rows.at(members)
         for key, arrays in answers.items():
-            first, count, _ = self._rows.units(key.positions)
-            units = _ranges(first[members], count[members])
+            units = _ranges(*numbers.units(key.positions))
             for name, values in arrays.items():
                 self.arrays[key][name][units] = values
 

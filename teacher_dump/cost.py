@@ -15,9 +15,8 @@ from store import hierarchy, layout
 from store.features import FeatureKey
 from store.manifest import Manifest, manifest_bytes
 from store.reader import Store
-from store.rows import Ints
-from store.shards import Shard
 from store.statics import describe_statics
+from store.table import Ints
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.ship import shipped_blocks, shipped_weights, write_folder
 from teacher_dump.teacher import TeacherPass
@@ -59,11 +58,11 @@ class Cost:
 
 def cost_of(store: Store, recipe: DumpRecipe, teacher: TeacherPass, weights: Mapping[str, NDArray[Any]]) -> Cost:
     """What the pass of ``recipe`` takes over the rows of ``store``, which may be a scratch copy of them."""
-    slot_tokens = store.manifest.rows.slot_tokens
     features = {}
     for spec in teacher.specs:
-        units = store.rows.units(spec.feature.positions)[2].tolist()
-        features[spec.feature] = np.array([sum(Shard(array, slot_tokens, n).size for array in spec.arrays) for n in units], np.int64)
+        key, slots = spec.feature, range(store.manifest.rows.slots)
+        sizes = [sum(store.rows.shard(array, key.positions, slot).size for array in spec.arrays) for slot in slots]
+        features[key] = np.array(sizes, np.int64)
     return Cost(
         rows=folder_bytes(store.path / "rows") + folder_bytes(store.path / "tokens"),
         features=features,

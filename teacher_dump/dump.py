@@ -108,7 +108,7 @@ def ensure_rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Pa
     _compare(path, "tokenizer", rows.tokenizer, tokenizer_fingerprint(tokenizer))
     for name, found in recipe.rows.model_dump(mode="json").items():
         if name != "sources":
-            _compare(path, f"rows.{name}", rows.options.get(name), found)
+            _compare(path, f"rows.{name}", rows.origins[0].options.get(name), found)
     _compare(path, "row building version", rows.building, building.building_fingerprint(recipe.rows))
     _compare(path, "corpus", rows.corpus, building.corpus_fingerprint(recipe.rows))
     return rows
@@ -150,7 +150,7 @@ def answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: 
                     while writing and writing[0].done():
                         writing.popleft().result()
                     buffer.place(members, teacher.answer(collate(store, members), Origins(rows, members)))
-                    progress.update(int(rows.length[members].sum()))
+                    progress.update(int(rows.at(members).length.sum()))
                 writing.append(pool.submit(writer.commit, recipe.pass_name, shard, buffer.arrays))
                 while len(writing) > 1 + AHEAD:
                     writing.popleft().result()

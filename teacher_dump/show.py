@@ -57,14 +57,14 @@ def _tokenizer(store: Store) -> PreTrainedTokenizerBase | None:
 
 def _row(store: Store, tokenizer: PreTrainedTokenizerBase | None, answers: dict[str, Answers], row: int) -> Iterator[str]:
     table = store.rows
-    about = table.table.slice(row, 1).to_pylist()[0]
+    about = table.about(row)
     ids = store.tokens("input_ids", np.array([row]))
-    label = _label(float(table.label[row]), store.manifest.rows.task)
+    label = _label(float(table.label_at(np.array([row]))[0]), store.manifest.rows.task)
     copy = f", masking {about['copy']}" if store.manifest.rows.copies > 1 else ""
     yield f"── row {row} ── {about['split']}{copy} ── {Path(about['source']).name}, record {about['record']} ── {len(ids)} tokens{label}"
     yield from _wrapped(str(tokenizer.decode(ids)) if tokenizer else "ids " + " ".join(map(str, ids)))
     for name, of_pass in answers.items():
-        if int(table.slot[row]) not in store.committed(name):
+        if int(table.at(np.array([row])).slot[0]) not in store.committed(name):
             yield f"  {name}: not answered yet"
             continue
         for key, values in of_pass.of(row):

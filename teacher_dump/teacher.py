@@ -18,7 +18,7 @@ from online.statics import live_statics
 from store.codecs import feature_spec
 from store.features import FeatureSpec
 from store.manifest import PassInfo, Provenance
-from store.rows import RowTable
+from store.table import RowTable
 from teacher_dump.batches import Arrays
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.selection import Request
@@ -74,7 +74,7 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
     loaded = load_model(recipe.teacher)
     for request in requests:
         check_key(loaded, replace(request.key, form=""))
-    check_length(loaded, int(rows.length.max()))
+    check_length(loaded, rows.longest)
     blocks = shipped_blocks(recipe.ship_layers, loaded.shape.layers)
     what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, Units.average(rows))
     ids = {request.key: request.ids for request in requests}
@@ -115,7 +115,7 @@ class Origins(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        row = self._rows.table.slice(int(self._members[index]), 1).to_pylist()[0]
+        row = self._rows.about(int(self._members[index]))
         return f"{row['source']}, record {row['record']}"
 
 

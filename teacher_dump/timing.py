@@ -12,8 +12,8 @@ import torch
 
 from online.collate import collate
 from store.reader import Store
-from store.rows import Ints
-from store.shards import write_slot
+from store.shards import Shard, token_chunk, write_slot
+from store.table import Ints
 from teacher_dump.batches import Arrays, cut, padded_lengths, rows_of
 from teacher_dump.teacher import TeacherPass
 
@@ -48,7 +48,7 @@ def measure(teacher: TeacherPass, store: Store, shards: Sequence[int], written: 
     if not batches:
         return Timing(0, 0.0, _peak_memory(), 0)
     tokens = np.array([int(padded_lengths(store.rows, members).sum()) for members in batches], np.int64)
-    longest = max(range(len(batches)), key=lambda number: (int(store.rows.length[batches[number]].max()), int(tokens[number])))
+    longest = max(range(len(batches)), key=lambda number: (int(store.rows.at(batches[number]).length.max()), int(tokens[number])))
     _answer(teacher, store, batches[longest])  # warms up, and reaches the peak of memory
     answered: list[Arrays] = []
     rates: list[float] = []
@@ -88,7 +88,7 @@ def _write_rate(teacher: TeacherPass, answered: Sequence[Arrays], slot_tokens: i
         for array in spec.arrays:
             values = np.concatenate([arrays[spec.feature][array.name] for arrays in answered])[:slot_tokens]
             start = time.perf_counter()
-            write_slot(scratch / f"timing-{number}", values, array, slot_tokens)
+            write_slot(scratch / f"timing-{number}", values, Shard(array, slot_tokens, len(values), token_chunk(slot_tokens)))
             seconds += time.perf_counter() - start
             written += values.nbytes
             number += 1

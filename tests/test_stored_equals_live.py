@@ -140,7 +140,7 @@ class Lab:
     def some_rows(self, padded: int | None, number: int) -> NDArray[np.int64]:
         """Rows of one padded length, or of any, in random order."""
         rows = np.random.default_rng(3).permutation(len(self.store.rows))
-        return np.array([row for row in rows if padded in (None, bucket(int(self.store.rows.length[row])))][:number])
+        return np.array([row for row in rows if padded in (None, bucket(int(self.store.rows.columns.length[row])))][:number])
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def make_store(
     with StoreWriter.open(path) as writer:
         writer.add_pass("bert", pass_info(specs), statics)
         for shard in writer.pending("bert"):
-            writer.commit("bert", shard, answers(made, shard, specs, writer.rows.slot, seed))
+            writer.commit("bert", shard, answers(made, shard, specs, writer.rows.columns.slot, seed))
     return made
 
 

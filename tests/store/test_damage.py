@@ -23,7 +23,7 @@ def read_all(path: Path) -> None:
         for feature in info.features:
             store.read(feature.feature.of(name), rows)
         store.statics(name)
-    _ = store.rows.table, store.rows.split
+    _ = store.rows.table, store.rows.columns, store.rows.label
 
 
 def content(path: Path) -> list[Path]:
@@ -101,7 +101,7 @@ def test_repair_makes_the_next_run_redo_damaged_shards_and_nothing_else(made: Ma
     with StoreWriter.open(made.path) as writer:
         assert writer.pending("bert") == [2, 3]
         for shard in writer.pending("bert"):
-            writer.commit("bert", shard, answers(Made(made.path, made.rows), shard, SPECS, writer.rows.slot))
+            writer.commit("bert", shard, answers(Made(made.path, made.rows), shard, SPECS, writer.rows.columns.slot))
     assert verify(made.path) == []
     assert {file: file.read_bytes() for file in content(made.path) if file.suffix != ".log"} == before
 
@@ -141,7 +141,7 @@ def test_a_torn_last_line_of_the_log_is_ignored_and_cut_off_before_the_next(made
             store.read(SPECS[0].feature.of("bert"), np.arange(len(made.rows)))
     with StoreWriter.open(made.path) as writer:
         assert writer.pending("bert") == [3]
-        writer.commit("bert", 3, answers(Made(made.path, made.rows), 3, SPECS, writer.rows.slot))
+        writer.commit("bert", 3, answers(Made(made.path, made.rows), 3, SPECS, writer.rows.columns.slot))
     assert log.read_bytes() == whole
     read_all(made.path)
 

@@ -34,7 +34,7 @@ with StoreWriter.open(path) as writer:
     print("ready", flush=True)
     made = Made(path, [Row(np.zeros(100, np.int32), None, None, None, 9, None, 0, 0, "", "", 0, 0, [])] * writer.rows.info.rows)
     for shard in writer.pending("bert"):
-        writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.slot))
+        writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.columns.slot))
         print(shard, flush=True)
 """
 
@@ -66,7 +66,7 @@ def kill(process: subprocess.Popen) -> list[str]:
 def check(made: Made, store: Store, shards: set[int]) -> None:
     """Every shard of ``shards`` holds what was meant for it."""
     for feature in SPECS:
-        for row in np.flatnonzero(np.isin(store.rows.slot, sorted(shards))):
+        for row in np.flatnonzero(np.isin(store.rows.columns.slot, sorted(shards))):
             for array, values in store.read(feature.feature.of("bert"), np.array([row])).items():
                 assert values.tobytes() == made.values[feature.key, array][row].tobytes()
 
@@ -91,7 +91,7 @@ def test_killed_dumps_go_on_where_they_were(tmp_path: Path) -> None:
     with StoreWriter.open(made.path) as writer:
         assert set(writer.pending("bert")) == set(range(SLOTS)) - reported
         for shard in writer.pending("bert"):
-            writer.commit("bert", shard, answers(Made(made.path, made.rows), shard, SPECS, writer.rows.slot))
+            writer.commit("bert", shard, answers(Made(made.path, made.rows), shard, SPECS, writer.rows.columns.slot))
     assert verify(made.path) == []
     check(made, Store.open(made.path), set(range(SLOTS)))
 
@@ -135,7 +135,7 @@ def test_what_a_kill_left_before_its_commit_line_is_replaced(tmp_path: Path) -> 
     made = make_rows(tmp_path / "store", MANY[:3])
     with StoreWriter.open(made.path) as writer:
         writer.add_pass("bert", pass_info(), {})
-        writer.commit("bert", 0, answers(made, 0, SPECS, writer.rows.slot))
+        writer.commit("bert", 0, answers(made, 0, SPECS, writer.rows.columns.slot))
     folder = made.path / "bert" / "hidden.1" / "all"
     (folder / "c.1.0").write_bytes(b"half a shard of a run that is no more")
     (folder / ".c.1.0.0.tmp").write_bytes(b"and its temporary file")
@@ -143,9 +143,9 @@ def test_what_a_kill_left_before_its_commit_line_is_replaced(tmp_path: Path) -> 
     with StoreWriter.open(made.path) as writer:
         assert writer.pending("bert") == [1, 2]
         for shard in (1, 2):
-            writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.slot))
+            writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.columns.slot))
         with pytest.raises(StoreError, match="committed already"):
-            writer.commit("bert", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.slot, seed=9))
+            writer.commit("bert", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.columns.slot, seed=9))
     assert (folder / "c.0.0").stat() == committed
     assert not (folder / ".c.1.0.0.tmp").exists()
     assert verify(made.path) == []
@@ -165,7 +165,7 @@ def test_a_pass_without_commits_gives_way_to_another(tmp_path: Path) -> None:
         assert not (made.path / "static" / "bert" / "1.query.weight").exists()
         assert [static.name for static in Store.open(made.path).manifest.passes["bert"].statics] == ["1.query.bias"]
         for shard in writer.pending("bert"):
-            writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.slot))
+            writer.commit("bert", shard, answers(made, shard, SPECS, writer.rows.columns.slot))
         with pytest.raises(FingerprintMismatch, match=r"another features: .*hidden.1@all in bfloat16.*, found hidden.1@all in float16"):
             writer.add_pass("bert", first, {"1.query.bias": np.arange(8, dtype=np.uint16)})
     assert verify(made.path) == []
@@ -191,7 +191,7 @@ def test_a_pass_that_was_half_replaced_can_be_begun_again_either_way(tmp_path: P
             assert store.manifest.passes["bert"].features == both[0 if stopped else 1].features
             with StoreWriter.open(made.path) as writer:
                 writer.add_pass("bert", both[again], statics)
-                writer.commit("bert", 0, answers(made, 0, both[again].features, writer.rows.slot))
+                writer.commit("bert", 0, answers(made, 0, both[again].features, writer.rows.columns.slot))
             assert verify(made.path) == []
             if not stopped:
                 break

@@ -27,9 +27,9 @@ def expected(made: Made, name: str) -> np.ndarray:
             values = made.values[feature.key, array.name]
             fill = 0x7FC0 if array.dtype == "bfloat16" else 0 if array.name == "ids" else np.nan
             whole = np.full((info.slots * info.slot_tokens, array.width), fill, values[0].dtype)
-            start, _, _ = store.rows.units(feature.feature.positions)
+            start, _ = store.rows.columns.units(feature.feature.positions)
             for row, value in enumerate(values):
-                first = store.rows.slot[row] * info.slot_tokens + start[row]
+                first = store.rows.columns.slot[row] * info.slot_tokens + start[row]
                 whole[first : first + len(value)] = value
             return whole
     raise KeyError(name)
@@ -70,7 +70,7 @@ def test_a_shard_that_is_not_there_reads_as_nan(tmp_path: Path, read: Read) -> N
     made = make_rows(tmp_path / "store", GROUPS)
     with StoreWriter.open(made.path) as writer:
         writer.add_pass("bert", pass_info(), {})
-        writer.commit("bert", 1, answers(made, 1, SPECS, writer.rows.slot))
+        writer.commit("bert", 1, answers(made, 1, SPECS, writer.rows.columns.slot))
     final = read(made.path / "bert" / "final" / "first")
     assert not np.isnan(final[128]).any()
     assert np.isnan(np.delete(final, 128, axis=0)).all()
@@ -81,8 +81,11 @@ def test_a_shard_that_is_not_there_reads_as_nan(tmp_path: Path, read: Read) -> N
 def test_the_whole_store_opens_as_a_zarr_group(made: Made) -> None:
     group = zarr.open_group(str(made.path), mode="r")
     arrays = {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
-    assert arrays == {*(f"bert/{name}" for name in NAMES), "tokens/input_ids", "tokens/segments", "tokens/token_labels",
-                      "static/bert/1.query.weight", "static/bert/1.query.bias"}  # fmt: skip
+    rows, tokens = ("numbers", "label"), ("input_ids", "segments", "token_labels")
+    statics = {"static/bert/1.query.weight", "static/bert/1.query.bias"}
+    assert arrays == statics | {f"bert/{name}" for name in NAMES} | {f"rows/{name}" for name in rows} | {
+        f"tokens/{name}" for name in tokens
+    }
     hidden = group["bert/hidden.1/all"]
     assert hidden.attrs["true_dtype"] == "bfloat16"
     assert hidden.attrs["key"] == "bert/hidden.1@all"

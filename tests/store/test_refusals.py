@@ -129,8 +129,8 @@ def test_larger_numbers_than_the_files_hold_are_noticed(made: Made) -> None:
 
 
 def test_another_schema_is_refused(made: Made) -> None:
-    edit(made, lambda tree: tree.update(schema_version=2))
-    with pytest.raises(StoreError, match="expected schema version 1, found 2"):
+    edit(made, lambda tree: tree.update(schema_version=3))
+    with pytest.raises(StoreError, match="expected schema version 1 to 2, found 3"):
         Store.open(made.path)
     (made.path / "manifest.json").write_text("[]")
     with pytest.raises(StoreError, match="expected schema version 1, found None"):
@@ -170,7 +170,7 @@ def test_answers_that_are_not_those_of_the_pass_are_refused_before_anything_is_w
     with StoreWriter.open(made.path) as writer:
         writer.add_pass("bert", pass_info(), {})
         before = snapshot(made.path)
-        good = answers(made, 0, SPECS, writer.rows.slot)
+        good = answers(made, 0, SPECS, writer.rows.columns.slot)
         key = SPECS[0].feature
         for bad, message in [
             ({name: value for name, value in good.items() if name != key}, "expected features"),
@@ -196,10 +196,10 @@ def test_a_full_disk_is_one_sentence_and_what_is_committed_stays(made: Made, mon
         writer.add_pass("second", pass_info(), {})
         monkeypatch.setattr("os.link", full)
         with pytest.raises(StoreError, match=r"cannot write .*: No space left on device; make room"):
-            writer.commit("second", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.slot))
+            writer.commit("second", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.columns.slot))
         monkeypatch.undo()
         assert writer.pending("second") == [0, 1, 2, 3]
-        writer.commit("second", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.slot))
+        writer.commit("second", 0, answers(Made(made.path, made.rows), 0, SPECS, writer.rows.columns.slot))
     assert not [file for file in made.path.rglob("*.tmp")]
     store = Store.open(made.path)
     assert store.complete("bert")

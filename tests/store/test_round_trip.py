@@ -58,16 +58,20 @@ def test_any_rows_read_back_bit_for_bit_in_any_order(groups, slot_tokens, keys, 
 
 def test_the_row_table_tells_where_rows_are_and_where_they_came_from(made: Made) -> None:
     rows = Store.open(made.path).rows
+    columns = rows.columns
     slot_of_group = {0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 3, 7: 3}
-    assert rows.slot.tolist() == [slot_of_group[row.group] for row in made.rows]
+    assert columns.slot.tolist() == [slot_of_group[row.group] for row in made.rows]
     for number, row in enumerate(made.rows):
-        earlier = [other for other in range(number) if rows.slot[other] == rows.slot[number]]
-        assert rows.index[number] == len(earlier)
-        assert rows.offset[number] == sum(len(made.rows[other].input_ids) for other in earlier)
-        assert rows.labelled_offset[number] == sum(made.rows[other].labelled for other in earlier)
-        assert rows.length[number] == len(row.input_ids)
-        assert (rows.labelled[number], rows.group[number], rows.copy[number]) == (row.labelled, row.group, row.copy)
-        assert rows.splits[rows.split[number]] == row.split
+        earlier = [other for other in range(number) if columns.slot[other] == columns.slot[number]]
+        assert columns.index[number] == len(earlier)
+        assert columns.offset[number] == sum(len(made.rows[other].input_ids) for other in earlier)
+        assert columns.labelled_offset[number] == sum(made.rows[other].labelled for other in earlier)
+        assert columns.length[number] == len(row.input_ids)
+        assert (columns.labelled[number], columns.copy[number]) == (row.labelled, row.copy)
+        assert [columns.group[other] == columns.group[number] for other in range(len(rows))] == [
+            other.group == row.group for other in made.rows
+        ]
+        assert rows.splits[columns.split[number]] == row.split
         assert np.isnan(rows.label[number]) if row.label is None else rows.label[number] == row.label
         record = rows.table.slice(number, 1).to_pylist()[0]
         assert (record["source"], record["record"], record["part"]) == (row.source, row.record, row.part)
@@ -110,13 +114,13 @@ def test_what_is_not_stored_is_named_with_what_is(made: Made) -> None:
 
 
 def test_more_files_than_may_be_open_are_read_in_turn(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.reader._most_open", lambda: 2)
+    monkeypatch.setattr("store.opened._most_open", lambda: 2)
     store, everything = Store.open(made.path), np.arange(len(made.rows))
     for _ in range(2):
         for feature in SPECS:
             for array, values in store.read(feature.feature.of("bert"), everything).items():
                 assert values.tobytes() == as_read(made, feature.key, array, everything).tobytes()
-        assert len(store._open) <= 2
+        assert len(store.rows.files) <= 2
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,8 @@ def test_a_corpus_without_rows_makes_no_store(tmp_path: Path) -> None:
 
 def test_units_of_a_row_follow_from_the_positions(made: Made) -> None:
     rows = Store.open(made.path).rows
+    columns = rows.columns
     for positions in ("all", "first", "last", "mean", "row", "masked", "labels"):
-        _, length, per_slot = rows.units(positions)
+        (_, length), per_slot = columns.units(positions), rows.slot_units(positions)
         assert length.tolist() == [units(row, positions) for row in made.rows]
-        assert per_slot.tolist() == [length[rows.slot == slot].sum() for slot in range(rows.info.slots)]
+        assert per_slot.tolist() == [length[columns.slot == slot].sum() for slot in range(rows.info.slots)]

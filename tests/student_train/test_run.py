@@ -258,16 +258,16 @@ def test_held_out_rows_are_the_first_of_a_split_and_never_cut_a_group(tiny: Modu
     store = tiny.write_rows(tmp_path / "store", rows=12)
     assert held_out_rows(store, "train", 5).tolist() == [0, 1, 2, 3, 4]
     assert len(held_out_rows(store, "train", None)) == 12
-    store.rows.__dict__["group"] = store.rows.group // 3
+    store = tiny.write_rows(tmp_path / "threes", rows=12, group=3)
     assert held_out_rows(store, "train", 4).tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="no split 'dev'"):
         held_out_rows(store, "dev", None)
 
 
 def test_batches_to_measure_on_never_cut_a_group(tiny: ModuleType, tmp_path: Path) -> None:
-    store = tiny.write_rows(tmp_path / "store", rows=90)
     for size in (1, 3, 40):
-        store.rows.__dict__["group"] = groups = np.arange(90) // size
+        store = tiny.write_rows(tmp_path / f"store-{size}", rows=90, group=size)
+        groups = np.arange(90) // size
         batches = [rows.tolist() for rows in measured_in(HeldOut(store, np.arange(90), None, False, ""))]
         assert [row for batch in batches for row in batch] == list(range(90))
         assert all(len(batch) <= max(32, size) for batch in batches)
@@ -286,7 +286,7 @@ def test_groups_reach_the_metrics(stores: ModuleType, tmp_path: Path) -> None:
     batch = collate(opened, rows)
     with torch.no_grad():
         found = model(input_ids=batch.input_ids, attention_mask=batch.mask, token_type_ids=batch.segments).logits.argmax(1).numpy()
-    true, groups = opened.rows.label[rows], opened.rows.group[rows]
+    true, groups = opened.rows.label[rows], opened.rows.columns.group[rows]
     assert scores["exact_match"] == pytest.approx(np.mean([(found == true)[groups == group].all() for group in set(groups)]))
     hits = ((found == 1) & (true == 1)).sum()
     assert scores["f1a"] == pytest.approx(2 * hits / ((found == 1).sum() + (true == 1).sum()))

@@ -64,14 +64,17 @@ def model(seed: int, *, layers: int, width: int, dropout: float = 0.1) -> Loaded
 def write_rows(path: Path, rows: int = 48, seed: int = 0, group: int = 1, labelled: bool = True) -> Store:
     """Rows of 3 to 20 random words, every other one of class 1 (or none with a label), in groups of ``group`` rows."""
     random_numbers = np.random.default_rng(seed)
-    with RowWriter(path, 128) as writer:
+    made = []
+    with RowWriter(path, 128 * max(1, group // 4)) as writer:
         for number in range(rows):
             ids = random_numbers.integers(3, VOCAB, random_numbers.integers(3, 21)).astype(np.int32)
             row = Row(
                 input_ids=ids, segments=None, documents=None, token_labels=None, labelled=0, group=number // group, copy=0, split="train",
                 label=float(number % 2) if labelled else None, source="random", record=number, part=0, spans=[],
             )  # fmt: skip
-            writer.append_group([row])
+            made.append(row)
+        for first in range(0, rows, group):
+            writer.append_group(made[first : first + group])
         writer.finish(
             copies=1, bucket=16, objective="plain", task=Task(kind="classification", classes=("a", "b")), pad_id=0, tokenizer="none",
             corpus=f"random {seed}", building="tests", options={}, made=MADE,
@@ -95,7 +98,7 @@ def write_teacher(path: Path) -> None:
     with StoreWriter.open(path) as writer:
         writer.add_pass("bert", info, {})
         for shard in writer.pending("bert"):
-            batch = collate(store, np.flatnonzero(store.rows.slot == shard))
+            batch = collate(store, np.flatnonzero(store.rows.columns.slot == shard))
             with torch.no_grad(), Capture(loaded, specs) as capture:
                 forward(loaded, batch)
             values = capture.features(batch)
