@@ -13,16 +13,27 @@ from torch import Tensor
 
 from online.batch import IGNORED, Batch, Selected, TopK, Value, take
 from online.vocabulary import select, top_k
+from store.codecs import float8, int8
 from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
-"""Packed arrays of one feature by name, [U, width]; bfloat16 as its bits in uint16."""
+"""Packed arrays of one feature by name, [U, width]; bfloat16 and float8 as their bits in uint16 and uint8."""
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int32": torch.int32, "uint16": torch.uint16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int32": torch.int32,
+    "int8": torch.int8,
+    "uint16": torch.uint16,
+}
+_HELD = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+"""Types that NumPy lacks, and those of their size that carry their bits."""
 
 
 def encode(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec, sources: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
-    """Pack, reduce and cast ``value`` on its device; array name -> [U, width], bfloat16 as its bits in uint16.
+    """Pack, reduce and cast ``value`` on its device; array name -> [U, width], bfloat16 and float8 as their bits in uint16 and uint8.
 
     Args:
         value: The feature in ``batch``; for the forms ``topK`` and ``select`` the logits themselves.
@@ -32,14 +43,19 @@ def encode(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec, sourc
         ValueError: a number is not finite as stored; names row, feature and the way out.
     """
     packed = reduced(key, packed_value(key, value, batch), batch, spec.ids)
+    parts = _scaled(cast(Tensor, packed), spec.codec) if spec.codec in _LIMITS else None
     arrays = {}
     for array in spec.arrays:
-        exact = cast(Tensor, getattr(packed, array.name)) if array.name else cast(Tensor, packed)
+        if parts is not None:
+            exact = parts[array.name]
+        else:
+            exact = cast(Tensor, getattr(packed, array.name)) if array.name else cast(Tensor, packed)
         exact = exact.reshape(len(exact), array.width)
-        stored = exact.to(_DTYPES[array.dtype])
-        if stored.is_floating_point():
+        rounded = exact if array.keep_bits is None else _round_bits(exact, array.keep_bits)
+        stored = rounded.to(_DTYPES[array.dtype])
+        if stored.is_floating_point() and array.name != "values":  # a scale is finite exactly where its values are
             _check_finite(key, array, exact, stored, batch, sources)
-        host = (stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).cpu().numpy()
+        host = stored.view(_HELD.get(stored.dtype, stored.dtype)).cpu().numpy()
         arrays[array.name] = host.view(np.uint16) if stored.dtype == torch.bfloat16 else host
     return arrays
 
@@ -54,6 +70,8 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
         ids = torch.tensor(spec.ids, dtype=torch.int64, device=batch.mask.device)
         logits = tensors.get("logits", torch.empty(len(tensors["log_sum_exp"]), 0, device=ids.device))
         packed = Selected(ids, logits, tensors["true_logit"].squeeze(1), tensors["log_sum_exp"].squeeze(1))
+    elif spec.codec in _LIMITS:
+        packed = tensors["values"] * tensors["scale"]
     else:
         (packed,) = tensors.values()
     return padded_value(key, packed, batch)
@@ -66,6 +84,30 @@ def reduced(key: FeatureKey, packed: Value, batch: Batch, ids: Sequence[int] = (
     if key.form == "select":
         return select(packed, ids, _labels(key, batch))
     return top_k(packed, int(key.form.removeprefix("top")))
+
+
+_LIMITS = {"int8": int8.LIMIT, "float8": float8.LIMIT}
+"""Codecs with a scale for each unit, and the largest number that they keep beside it."""
+
+
+def _scaled(values: Tensor, codec: str) -> dict[str, Tensor]:
+    """Numbers within the codec's range and the scale of each unit, [U, W] and [U, 1] float32, as store.codecs computes them."""
+    limit = _LIMITS[codec]
+    values_UW = values.float().reshape(len(values), -1)
+    scale_U1 = values_UW.abs().amax(1, keepdim=True) / limit
+    if codec == "int8":
+        scale_U1 = scale_U1.masked_fill(scale_U1 == float(int8.OVERFLOW), float(int8.BELOW_OVERFLOW))
+    within_UW = (values_UW / scale_U1.masked_fill(scale_U1 == 0, 1.0)).clamp(-limit, limit)
+    return {"values": within_UW.round() if codec == "int8" else within_UW, "scale": scale_U1}
+
+
+def _round_bits(values: Tensor, keep_bits: int) -> Tensor:
+    """``values`` as float32 with so many mantissa bits, to nearest even, as store.codecs.cast.round_bits does it."""
+    values = values.float()
+    dropped = 23 - keep_bits
+    bits = values.view(torch.int32)
+    rounded = (bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)) & (-1 << dropped)
+    return torch.where(values.isnan(), values, rounded.view(torch.float32))
 
 
 def packed_value(key: FeatureKey, value: Value, batch: Batch) -> Value:
@@ -110,12 +152,14 @@ def _decoded(array: NDArray[np.generic], spec: ArraySpec, device: torch.device) 
 
 
 def from_numpy(array: NDArray[np.generic], dtype: Dtype, device: torch.device, wanted: torch.dtype = torch.float32) -> Tensor:
-    """A stored array (bfloat16 as its bits in uint16) as ``wanted``, in memory that torch has aligned.
+    """A stored array (bfloat16 and float8 as their bits) as ``wanted``, in memory that torch has aligned.
 
     Matrix products of equal numbers may differ in the last bit when one operand is aligned and the other is not.
     """
     if dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).to(device).view(torch.bfloat16).to(wanted)
+    if dtype == "float8_e4m3fn":
+        return torch.from_numpy(array).to(device).view(torch.float8_e4m3fn).to(wanted)
     return torch.from_numpy(array).to(device).to(wanted, copy=True)
 
 

@@ -1,4 +1,7 @@
-"""Row building: rows stream into slots and Parquet parts; the manifest, written last, commits them all."""
+"""Row building: rows stream into slots and Parquet parts; the manifest, written last, commits them all.
+
+A new store is begun here whatever it is made of; rows that are added to one that is there go into new slots and parts.
+"""
 
 import contextlib
 import re
@@ -16,10 +19,12 @@ from numpy.typing import NDArray
 from store import commits, hierarchy, layout
 from store.errors import StoreError
 from store.features import ArraySpec
-from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task
-from store.publish import file_crc32c, make_folder, sync_file, sync_folder
+from store.joins import joined
+from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, read_manifest
+from store.publish import file_crc32c, make_folder, replace, sync_file, sync_folder
 from store.rows import COLUMNS, ROW_ARRAYS, Row
 from store.shards import CHUNK, Shard, token_chunk, write_slot
+from store.strays import remove, row_strays
 
 TOKEN_ARRAYS: dict[str, ArraySpec] = {
     "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
@@ -38,28 +43,56 @@ class RowWriter:
 
     Nothing of it counts before :meth:`finish`; a build that was cut short is cleared away by the next one. Raises
     StoreBusy while another process builds, and StoreError where ``path`` holds anything else.
+
+    Args:
+        job: The command, where the store is made of others. It alone goes on after it was cut short.
+        after: A finished store at ``path`` that the rows are added to.
     """
 
-    def __init__(self, path: Path, slot_tokens: int) -> None:
+    def __init__(self, path: Path, slot_tokens: int, job: str = "", after: RowsInfo | None = None) -> None:
         if slot_tokens < CHUNK or slot_tokens % CHUNK:
             raise ValueError(f"slot_tokens: expected a multiple of {CHUNK}, found {slot_tokens}")
         self.path = path
         self.slot_tokens = slot_tokens
         self._exit = contextlib.ExitStack()
-        _claim(path)
-        self._exit.enter_context(commits.locked(path))
+        if after is None:
+            _claim(path, job)
+        self._exit.enter_context(commits.exclusive(path))
         with self._closing_on_error():
-            _clear(path)
+            if after is None:
+                _clear(path)
+            else:
+                _check_unchanged(path, after)
+                remove(row_strays(path, after))  # a build that was cut short may have left some
             for name in ROW_ARRAYS:
                 make_folder(layout.rows_array(path, name))
-        self._arrays: dict[str, ArraySpec] = {}
+        self._before = after
+        self._first_slot, self._first_part = (after.slots, len(after.parts)) if after else (0, 0)
+        self._chunk_tokens = after.chunk_tokens if after else token_chunk(slot_tokens)
+        self._arrays: dict[str, ArraySpec] = {array.name: array for array in after.token_arrays} if after else {}
         self._slot: list[Row] = []
         self._filled = 0
         self._slots: list[tuple[int, int, int]] = []
-        self._splits: Counter[str] = Counter()
-        self._crcs: dict[str, list[int]] = {name: [] for name in ROW_ARRAYS}
+        self._splits: Counter[str] = Counter(dict.fromkeys(after.splits, 0) if after else ())
+        self._crcs: dict[str, list[int]] = {name: [] for name in (*ROW_ARRAYS, *self._arrays)}
         self._table: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         self._parts: list[Part] = []
+        self._origins: list[Origin] = []
+
+    @classmethod
+    def adding(cls, path: Path) -> Self:
+        """Add rows to the finished store at ``path``; its passes then have shards pending.
+
+        Raises:
+            StoreError: there is none, or it is of an older schema.
+        """
+        manifest = read_manifest(path)
+        if manifest.schema_version != SCHEMA:
+            raise StoreError(
+                f"{path} has schema version {manifest.schema_version}, which is only read; write it as {SCHEMA} with: "
+                f"teacher-dump copy {path} NEW-FOLDER"
+            )
+        return cls(path, manifest.rows.slot_tokens, after=manifest.rows)
 
     def append_group(self, rows: Sequence[Row]) -> None:
         """Add rows that must be read together; they share a slot.
@@ -84,6 +117,12 @@ class RowWriter:
         self._slot += rows
         self._filled += tokens
 
+    def end_origin(self, corpus: str, options: Json, taken: str | None = None) -> None:
+        """Say where the rows since the last origin came from; what follows begins a new slot."""
+        self._flush_slot()
+        if slots := len(self._slots) - sum(origin.slots for origin in self._origins):
+            self._origins.append(Origin(corpus=corpus, options=options, slots=slots, taken=taken))
+
     def finish(
         self,
         *,
@@ -99,17 +138,30 @@ class RowWriter:
         made: Provenance,
     ) -> RowsInfo:
         """Commit the rows: write what is left and, last, the manifest. The arguments are those of RowsInfo, Origin and Manifest."""
-        self._flush_slot()
+        self.end_origin(corpus, options)
+        info = self.rows_info(
+            copies=copies, bucket=bucket, objective=objective, task=task, pad_id=pad_id, tokenizer=tokenizer, building=building
+        )
+        if self._before is None:
+            self.publish(Manifest(schema_version=SCHEMA, rows=info, passes={}, made=made))
+            return info
+        old = read_manifest(self.path)
+        whole = joined({f"{self.path}": old.rows, "what is added": info})
+        self.publish(old.changed(made, whole, old.passes))
+        return whole
+
+    def rows_info(self, *, copies: int, bucket: int, objective: str, task: Task, pad_id: int, tokenizer: str, building: str) -> RowsInfo:
+        """Write what is left; all there is to say of the rows, whose origins have ended."""
         self._flush_part()
         if not self._parts:
             raise ValueError("expected at least one row, found none; is the corpus empty?")
         rows, tokens, labelled = zip(*self._slots, strict=True)
-        info = RowsInfo(
+        return RowsInfo(
             rows=sum(rows),
             tokens=sum(tokens),
             slots=len(rows),
             slot_tokens=self.slot_tokens,
-            chunk_tokens=token_chunk(self.slot_tokens),
+            chunk_tokens=self._chunk_tokens,
             filled=Filled(rows=rows, tokens=tokens, labelled=labelled),
             copies=copies,
             bucket=bucket,
@@ -122,13 +174,15 @@ class RowWriter:
             pad_id=pad_id,
             tokenizer=tokenizer,
             building=building,
-            origins=(Origin(corpus=corpus, options=options, slots=len(rows)),),
+            origins=tuple(self._origins),
         )
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make the store what ``manifest`` says, and let other processes write."""
         sync_folder(self.path / "rows")
-        hierarchy.write(self.path, Manifest(schema_version=SCHEMA, rows=info, passes={}, made=made))
-        layout.building(self.path).unlink()
+        hierarchy.write(self.path, manifest)
+        layout.building(self.path).unlink(missing_ok=True)
         self.close()
-        return info
 
     def close(self) -> None:
         """Let other processes build; without :meth:`finish` the rows are lost."""
@@ -173,11 +227,11 @@ class RowWriter:
     def _flush_slot(self) -> None:
         if not self._slot:
             return
-        slot, rows = len(self._slots), len(self._slot)
+        slot, rows = self._first_slot + len(self._slots), len(self._slot)
         for name, spec in self._arrays.items():
             values: NDArray[Any] = np.concatenate([getattr(row, name) for row in self._slot])
             path = layout.slot_file(layout.tokens(self.path, name), slot, dimensions=1)
-            shard = Shard(spec, self.slot_tokens, self._filled, token_chunk(self.slot_tokens))
+            shard = Shard(spec, self.slot_tokens, self._filled, self._chunk_tokens)
             self._crcs[name].append(write_slot(path, values, shard).crc32c)
         for row in self._slot:
             self._splits.setdefault(row.split, 0)
@@ -201,7 +255,7 @@ class RowWriter:
         rows = len(self._table["split"])
         if not rows:
             return
-        path = layout.rows_part(self.path, len(self._parts))
+        path = layout.rows_part(self.path, self._first_part + len(self._parts))
         try:
             pq.write_table(pa.table(self._table, COLUMNS), path)
             sync_file(path)
@@ -225,21 +279,31 @@ def _where(row: Row) -> str:
     return f"{row.source}, record {row.record}"
 
 
-def _claim(path: Path) -> None:
-    """Make ``path`` a folder that is being built, or refuse it untouched."""
+def _check_unchanged(path: Path, known: RowsInfo) -> None:
+    """Refuse to add where another process has just done so: the caller has looked before it held the store."""
+    if read_manifest(path).rows != known:
+        raise StoreError(f"the rows of {path} have just been changed by another process; start again")
+
+
+def _claim(path: Path, job: str) -> None:
+    """Make ``path`` a folder that is being built by ``job``, or refuse it untouched."""
     if layout.manifest(path).exists():
         raise StoreError(f"{path} already holds a finished store; give another folder, or remove this one to build its rows anew")
     if path.exists() and not path.is_dir():
         raise StoreError(f"expected a folder for the store, found a file: {path}")
-    if not layout.building(path).exists() and path.exists() and any(path.iterdir()):
+    marker = layout.building(path)
+    if not marker.exists() and path.exists() and set(path.iterdir()) - {layout.temporary(marker)}:
         kind = "a Python package" if (path / "__init__.py").exists() else "something else"
         raise StoreError(
             f"expected an empty or new folder for the store, but {path} holds {kind}; nothing was touched, give another folder"
         )
+    if marker.exists() and (begun := marker.read_text(encoding="utf-8", errors="replace")) != job:
+        begun = begun or "teacher-dump run"
+        raise StoreError(f"{path} is being made by `{begun}`, which was cut short; run that again, or remove the folder")
     try:
         make_folder(path)
-        layout.building(path).touch()
-        sync_folder(path)
+        if not marker.exists():
+            replace(marker, job.encode())
     except OSError as error:
         raise StoreError(f"cannot make the store {path}: {error.strerror}; give a folder that can be written") from error
 

@@ -6,11 +6,11 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from store.strict import Strict, did_you_mean
+from store.strict import Many, Strict, did_you_mean
 
 SITES: dict[str, str] = {
     "hidden": "output of block i; hidden.0 is the embedding output",
@@ -111,37 +111,90 @@ class FeatureKey:
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float64", "int32", "int8", "uint16", "uint8"]
 
+StoreDtype = Literal["float32", "float16", "bfloat16", "int8", "float8"]
+"""Types that the numbers of a feature are kept in; int8 and float8 (e4m3fn) have a float32 scale for each unit."""
+
+Compression = Literal["none", "zstd"]
+
+MANTISSA: dict[str, int] = {"float32": 23, "float16": 10, "bfloat16": 7}
+"""Bits after the leading one in types that can be kept with fewer."""
+
+
+MOST_WIDTH = 1 << 24
+"""Numbers of one unit of an array: sixty times the largest vocabulary."""
+
 
 class ArraySpec(Strict):
     """One array of a stored feature, [slots * slot_tokens, width]. ``name`` is empty where a feature has only one."""
 
-    name: str
+    name: str = Field(max_length=200)
     dtype: Dtype
-    width: int = Field(ge=1)
-    compression: Literal["none", "zstd"] = "none"
+    width: int = Field(ge=1, le=MOST_WIDTH)
+    compression: Compression = "none"
     """Of its inner chunks: Zarr's codec ``blosc`` with zstd behind a bit shuffle."""
+    keep_bits: int | None = Field(default=None, ge=1, le=23)
+    """Mantissa bits that its numbers were rounded to before they were stored, to nearest even; all by default."""
 
 
 class FeatureSpec(Strict):
-    """A feature as stored: its arrays, and the codec that turns them back into what was captured."""
+    """A feature as stored: its arrays, and the codec that turns them back into what was captured.
 
-    key: str
-    codec: Literal["cast", "topk", "select"]
-    arrays: tuple[ArraySpec, ...]
-    ids: tuple[int, ...] = ()
+    What is read back differs from each captured number x by at most ``error * |x| + error_of_largest * m``, m the largest
+    magnitude of its unit (token or row), where the numbers are normal ones.
+    """
+
+    key: str = Field(max_length=200)
+    codec: Literal["cast", "topk", "select", "int8", "float8"]
+    arrays: Many[ArraySpec]
+    ids: Many[int] = ()
     """Vocabulary ids kept by ``select``, in order."""
-    error: float
-    """Declared bound of the codec's relative rounding error per element; 0 is exact."""
+    error: float = Field(ge=0)
+    """Declared bound of the codec's rounding error, relative to the element."""
+    error_of_largest: float = Field(default=0.0, ge=0)
+    """The rest of the bound, relative to the largest magnitude of the unit."""
+
+    @model_validator(mode="after")
+    def _of_codec(self) -> Self:
+        names = tuple(array.name for array in self.arrays)
+        if names not in _ARRAYS[self.codec]:
+            raise ValueError(f"codec {self.codec} of {self.key} has no arrays {names}")
+        return self
 
     @property
     def feature(self) -> FeatureKey:
         return FeatureKey.parse(self.key)
 
     @property
+    def exact(self) -> bool:
+        """Whether what is read back is what was captured."""
+        return self.error == self.error_of_largest == 0
+
+    @property
     def unit_bytes(self) -> int:
-        """Stored bytes for one token (one row where the key is per row), checksums left out."""
+        """Stored bytes for one token (one row where the key is per row) without compression, checksums left out."""
         return sum(array.width * ITEM_BYTES[array.dtype] for array in self.arrays)
 
+    @property
+    def compressed(self) -> bool:
+        """Whether any of its arrays is."""
+        return any(array.compression != "none" for array in self.arrays)
+
+    @property
+    def kept_as(self) -> str:
+        """How its numbers are kept, for people: ``bfloat16 of 4 bits, zstd``."""
+        numbers = next(array for array in self.arrays if array.name != "ids")
+        bits = f" of {numbers.keep_bits} bits" if numbers.keep_bits else ""
+        return f"{numbers.dtype}{bits}, zstd" if self.compressed else f"{numbers.dtype}{bits}"
+
+
+_ARRAYS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "cast": (("",),),
+    "topk": (("ids", "log_probs", "log_tail"),),
+    "select": (("logits", "true_logit", "log_sum_exp"), ("true_logit", "log_sum_exp")),
+    "int8": (("values", "scale"),),
+    "float8": (("values", "scale"),),
+}
+"""Names of the arrays that each codec can have."""
 
 ITEM_BYTES: dict[str, int] = {
     "float64": 8,

@@ -11,10 +11,12 @@ from store.features import FeatureKey
 
 MANIFEST = "manifest.json"
 BUILDING = ".building"
-"""Present while rows are built; with no manifest beside it, the build was cut short and the next one starts over."""
+"""Present while a store is built; with no manifest beside it, the build was cut short and the next one starts over.
+It holds the command where that is not a build of rows from text."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PASS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_DROPPED = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9_-]*\.dropped")
 _RESERVED = frozenset({"rows", "tokens", "static", "model", "commits", "claims"})
 
 
@@ -36,10 +38,25 @@ def inside(store: Path, path: Path) -> Path:
 
 def pass_name(name: str) -> str:
     """``name`` if a pass may have it, else a ValueError."""
-    if not _PASS.fullmatch(name) or name in _RESERVED:
+    if not is_pass(name):
         reserved = ", ".join(sorted(_RESERVED))
         raise ValueError(f"expected a pass name of letters, digits, '_' and '-' other than {reserved}, found {name!r}")
     return name
+
+
+def is_pass(name: str) -> bool:
+    """Whether a pass may have this name."""
+    return bool(_PASS.fullmatch(name)) and name not in _RESERVED
+
+
+def dropped(store: Path, name: str) -> Path:
+    """Where the folder of a pass goes before it is removed: a name that nothing else has, so that a killed removal is known as one."""
+    return store / f".{safe(name)}.dropped"
+
+
+def is_dropped(name: str) -> bool:
+    """Whether an entry of a store's folder is a pass on its way out."""
+    return bool(_DROPPED.fullmatch(name))
 
 
 def manifest(store: Path) -> Path:
@@ -50,9 +67,14 @@ def building(store: Path) -> Path:
     return store / BUILDING
 
 
+def rows_part_name(number: int) -> str:
+    """Name of Parquet file ``number`` of the row table."""
+    return f"part-{number:05}.parquet"
+
+
 def rows_part(store: Path, number: int) -> Path:
     """Parquet file ``number`` of the row table."""
-    return store / "rows" / f"part-{number:05}.parquet"
+    return store / "rows" / rows_part_name(number)
 
 
 def rows_array(store: Path, name: str) -> Path:

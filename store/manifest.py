@@ -4,7 +4,9 @@ Which (shard, pass) is committed is not repeated here: the commit logs are the o
 """
 
 import hashlib
-import json
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,17 +14,31 @@ from pydantic import Field, JsonValue
 
 from store import layout
 from store.errors import StoreError
-from store.features import ArraySpec, FeatureSpec
+from store.features import ITEM_BYTES, ArraySpec, FeatureSpec
+from store.plain import read_plain, why
 from store.publish import crc32c
+from store.rows import TOKEN_ARRAYS
 from store.schemas import READABLE, upgrade
 from store.shape import ModelShape, Wiring
 from store.shards import CHUNK
-from store.strict import Strict, parse
+from store.strict import Many, Strict, brief, load_json, parse
 
 SCHEMA = 2
 """Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]
+
+MOST_BYTES = 1 << 26
+"""A manifest may be so long. Of the 64 MiB one of 100,000 slots needs 15."""
+
+MOST_SLOT_TOKENS = 1 << 26
+"""A slot's index then has up to 8 MiB."""
+
+MOST_CHUNK_BYTES = 1 << 29
+"""A compressed chunk may hold so much: what a small file makes a reader allocate."""
+
+MOST_STATIC = 1 << 36
+"""Numbers of one weight."""
 
 _CHECKSUM = b' "crc32c": '
 
@@ -30,7 +46,7 @@ _CHECKSUM = b' "crc32c": '
 class Provenance(Strict):
     """How an output was made."""
 
-    command: tuple[str, ...]
+    command: Many[str]
     versions: dict[str, str]
     created: str
     """UTC, ISO 8601."""
@@ -40,7 +56,7 @@ class Task(Strict):
     """What the row labels mean."""
 
     kind: Literal["none", "classification", "regression", "choice", "token"]
-    classes: tuple[str, ...] = ()
+    classes: Many[str] = ()
     choices: int = 0
     """Rows of a group where kind is choice."""
 
@@ -49,7 +65,7 @@ class Part(Strict):
     """One Parquet file of the row table."""
 
     file: str
-    rows: int
+    rows: int = Field(ge=1)
     crc32c: int
 
 
@@ -62,14 +78,16 @@ class Origin(Strict):
     """Row-building options as resolved."""
     slots: int = Field(ge=1)
     """How many slots it made; those of the first origin come first."""
+    taken: str | None = None
+    """Which of its rows are here, such as ``split dev``; all of them where nothing is said."""
 
 
 class Filled(Strict):
     """What each slot holds, [slots] each."""
 
-    rows: tuple[int, ...]
-    tokens: tuple[int, ...]
-    labelled: tuple[int, ...]
+    rows: Many[int]
+    tokens: Many[int]
+    labelled: Many[int]
     """Tokens that are scored against a label."""
 
 
@@ -79,28 +97,28 @@ class RowsInfo(Strict):
     rows: int = Field(ge=1)
     tokens: int = Field(ge=1)
     slots: int = Field(ge=1)
-    slot_tokens: int = Field(ge=CHUNK, multiple_of=CHUNK)
+    slot_tokens: int = Field(ge=CHUNK, le=MOST_SLOT_TOKENS, multiple_of=CHUNK)
     chunk_tokens: int = Field(ge=CHUNK, multiple_of=CHUNK)
     """Tokens of an inner chunk of raw arrays that have a value for every token; all other chunks have 128 units."""
     filled: Filled
-    copies: int = Field(ge=1)
-    bucket: int
+    copies: int = Field(ge=1, lt=2**31)
+    bucket: int = Field(ge=1, le=MOST_SLOT_TOKENS)
     """Rows are padded to a multiple of this many tokens."""
     objective: Literal["plain", "mlm", "causal"]
     task: Task
-    splits: dict[str, int]
+    splits: dict[str, Annotated[int, Field(ge=0)]]
     """Rows of each split."""
-    parts: tuple[Part, ...]
-    token_arrays: tuple[ArraySpec, ...]
+    parts: Many[Part]
+    token_arrays: Many[ArraySpec]
     """input_ids always; segments, documents, token_labels where rows have them."""
-    slot_crcs: dict[str, tuple[int, ...]]
+    slot_crcs: dict[str, Many[int]]
     """Token array, or array of the row table (store.rows.ROW_ARRAYS) -> crc32c of each slot's file (store.shards.Seal)."""
-    pad_id: int
+    pad_id: int = Field(ge=0, lt=2**31)
     tokenizer: str
     """Fingerprint: vocabulary, special tokens, normalisation, chat template."""
     building: str
     """Fingerprint of the options that rows of all origins share."""
-    origins: tuple[Origin, ...] = Field(min_length=1)
+    origins: Many[Origin] = Field(min_length=1)
 
     def chunk(self, array: ArraySpec, positions: str) -> int:
         """Units of an inner chunk of an array with values for ``positions``."""
@@ -116,9 +134,9 @@ class RowsInfo(Strict):
 class Static(Strict):
     """A weight that ships once with a pass (store.shape.STATICS)."""
 
-    name: str
+    name: str = Field(max_length=200)
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=8)
     crc32c: int
 
 
@@ -133,10 +151,10 @@ class PassInfo(Strict):
     """The teacher's compute type."""
     shape: ModelShape
     wiring: Wiring
-    requested: tuple[str, ...]
+    requested: Many[str]
     """Keys the dump was asked for; all are stored or derivable."""
-    features: tuple[FeatureSpec, ...]
-    statics: tuple[Static, ...]
+    features: Many[FeatureSpec]
+    statics: Many[Static]
     shipped: bool
     """Whether model/<pass>/ holds blocks to initialise students from (its configuration and tokenizer always ship)."""
     made: Provenance
@@ -149,6 +167,13 @@ class Manifest(Strict):
     rows: RowsInfo
     passes: dict[str, PassInfo]
     made: Provenance
+    """By the command that last changed it as a whole: built, added to, merged, copied or dropped from."""
+    history: Many[Provenance] = ()
+    """The commands before that one, of all stores that it was made from."""
+
+    def changed(self, made: Provenance, rows: RowsInfo, passes: dict[str, PassInfo]) -> "Manifest":
+        """The manifest after a command that changed the store as a whole."""
+        return Manifest(schema_version=SCHEMA, rows=rows, passes=passes, made=made, history=(*self.history, self.made))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -159,21 +184,22 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = layout.manifest(path)
     try:
-        data = file.read_bytes()
+        data = read_plain(file, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         if layout.building(path).exists():
             raise StoreError(f"the rows of {path} are unfinished; start its dump again") from None
         found = "something else" if path.exists() else "nothing"
         raise StoreError(f"expected a store at {path}, found {found}; make one with teacher-dump") from None
     except OSError as error:
-        raise StoreError(f"cannot read {file}: {error.strerror}") from None
+        raise StoreError(f"cannot read {file}: {why(error)}; put back a copy of it, or mend its rights") from None
     try:
-        tree = json.loads(data)
+        tree = load_json(data)
     except ValueError as error:
         raise StoreError(f"{file} is damaged ({error}); put back a copy of it, or remove the folder and start the dump again") from None
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if version not in READABLE:
-        raise StoreError(f"{file}: expected schema version 1 to {SCHEMA}, found {version}; read it with a newer release, or dump again")
+    if type(version) is not int or version not in READABLE:
+        found = "none" if version is None else brief(version)
+        raise StoreError(f"{file}: expected schema version 1 to {SCHEMA}, found {found}; read it with a newer release, or dump again")
     body, _, last = data.rpartition(_CHECKSUM)
     if last != b"%d\n}\n" % crc32c(body):
         raise StoreError(f"{file} fails its checksum: it was damaged or edited; put back a copy of it, or remove the folder and dump again")
@@ -206,18 +232,44 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"manifest: expected slots of 1 to {rows.slot_tokens} tokens, with at least one in each row")
     if rows.slot_tokens % rows.chunk_tokens:
         raise ValueError(f"manifest: a slot of {rows.slot_tokens} tokens is not cut into chunks of {rows.chunk_tokens}")
+    if [part.file for part in rows.parts] != [layout.rows_part_name(number) for number in range(len(rows.parts))]:
+        raise ValueError(f"manifest: expected row parts {layout.rows_part_name(0)} and so on, found {brief([p.file for p in rows.parts])}")
+    _check_distinct("rows", [array.name for array in rows.token_arrays])
     for array in rows.token_arrays:
         layout.safe(array.name)
-        if array.width != 1 or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
-            raise ValueError(f"manifest: token array {array.name} needs a checksum for each of {rows.slots} slots")
+        if array != TOKEN_ARRAYS.get(array.name) or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
+            raise ValueError(f"manifest: token array {array.name} needs its type, width 1 and a checksum for each of {rows.slots} slots")
+    if any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
+        raise ValueError(f"manifest: expected a checksum for each of {rows.slots} slots")
     for name, info in manifest.passes.items():
         layout.pass_name(name)
-        if len({feature.feature for feature in info.features}) < len(info.features):
-            raise ValueError(f"manifest: pass {name} holds a feature twice")
-        for feature in info.features:
-            if feature.feature.pass_name:
-                raise ValueError(f"manifest: pass {name}: expected a key without a pass, found {feature.key}")
-            for array in feature.arrays:
-                layout.array_name(feature.feature, array.name)
-        for static in info.statics:
-            layout.safe(static.name)
+        _check_pass(name, info, rows)
+
+
+def _check_pass(name: str, info: PassInfo, rows: RowsInfo) -> None:
+    _check_distinct(f"pass {name}", [feature.feature for feature in info.features])
+    _check_distinct(f"pass {name}", [static.name for static in info.statics])
+    if len(info.shape.windows) != info.shape.layers:
+        raise ValueError(f"manifest: pass {name}: expected a window for each of {info.shape.layers} blocks")
+    for feature in info.features:
+        key = feature.feature
+        if key.pass_name or feature.key != str(key):
+            raise ValueError(f"manifest: pass {name}: expected a key without a pass such as {key.of('')}, found {feature.key}")
+        if key.layer is not None and key.layer > info.shape.layers:
+            raise ValueError(f"manifest: pass {name}: {key} is of no block of a teacher of {info.shape.layers}")
+        _check_distinct(f"pass {name}: {key}", [array.name for array in feature.arrays])
+        for array in feature.arrays:
+            layout.array_name(key, array.name)
+            chunk = rows.chunk(array, key.positions) * array.width * ITEM_BYTES[array.dtype]
+            if array.compression != "none" and chunk > MOST_CHUNK_BYTES:
+                raise ValueError(f"manifest: pass {name}: {key}: expected compressed chunks of at most {MOST_CHUNK_BYTES} bytes, found {chunk}")
+    for static in info.statics:
+        layout.safe(static.name)
+        if math.prod(static.shape) > MOST_STATIC:
+            raise ValueError(f"manifest: pass {name}: weight {static.name} of shape {list(static.shape)} is larger than any")
+
+
+def _check_distinct(where: str, names: Sequence[object]) -> None:
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise ValueError(f"manifest: {where} has {brief(str(twice))} twice")

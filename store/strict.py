@@ -4,13 +4,33 @@ An unknown key is an error that offers the nearest known one: a misspelt option 
 """
 
 import difflib
+import json
+import reprlib
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+
+MOST_KEYS = 1 << 19
+"""Keys of all objects of a JSON file together: a store of 20 passes with 5,000 weights each has fewer."""
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], FailFast()]
+"""Items of a list that a store may make as long as it likes: the first wrong one is told, not a million of them."""
+
+_PROBLEMS = 20
+"""As many are listed."""
+
+_LONGEST = 120
+"""Letters of a name in a message."""
+
+_briefly = reprlib.Repr()
+_briefly.maxlist = _briefly.maxtuple = _briefly.maxdict = 40
+_briefly.maxstring = _briefly.maxlong = _briefly.maxother = 80
 
 
 class Strict(BaseModel):
@@ -43,6 +63,35 @@ def load_yaml(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     return parse(model, tree, str(path))
 
 
+def load_json(data: bytes) -> Any:
+    """Plain data out of the bytes of a JSON text, which anyone may have written.
+
+    Raises:
+        ValueError: it is no UTF-8, no JSON, or JSON that readers understand differently (a key twice, NaN), nested deeper or
+            with more keys than any store needs.
+    """
+    left = MOST_KEYS
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal left
+        left -= len(pairs)
+        if left < 0:
+            raise ValueError(f"more than {MOST_KEYS:,} keys")
+        tree = dict(pairs)
+        if len(tree) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {brief(twice)} stands there twice")
+        return tree
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def parse(model: type[S], tree: object, where: str) -> S:
     """Validate plain data as a ``model``; a ``ValueError`` lists every problem by its dotted path in ``where``."""
     try:
@@ -54,13 +103,13 @@ def parse(model: type[S], tree: object, where: str) -> S:
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One line for every problem of ``error``, with the nearest known key for each unknown one."""
     lines = []
-    problems = error.errors()
-    for problem in problems:
+    problems = error.errors(include_url=False)
+    for problem in problems[:_PROBLEMS]:
         if problem["type"] == "too_short" and any(
             other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems
         ):
             continue  # its items are there, but wrong
-        path = ".".join(str(part) for part in problem["loc"])
+        path = _cut(".".join(str(part) for part in problem["loc"][:_LONGEST]))
         if problem["type"] == "extra_forbidden":
             known = sorted({name for parent in _models_at(model, problem["loc"][:-1]) for name in parent.model_fields})
             lines.append(f"{where}: unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
@@ -68,20 +117,27 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             lines.append(f"{where}: {path}: required, not given")
         else:
             message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-            found = "" if ", found " in message or "; given: " in message else f", found {_short(problem['input'])}"
+            found = "" if ", found " in message or "; given: " in message else f", found {brief(problem['input'])}"
             lines.append(f"{where}: {path}: {message}{found}" if path else f"{where}: {message}")
+    if len(problems) > _PROBLEMS:
+        lines.append(f"{where}: and {len(problems) - _PROBLEMS:,} problems more")
     return "\n".join(lines)
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The rest of a sentence about an unknown ``name``: the nearest of ``known``, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(_cut(name), known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def brief(value: object) -> str:
+    """``value`` as a message shows it, however long it is."""
+    text = _briefly.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..."
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

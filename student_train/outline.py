@@ -12,7 +12,7 @@ from online.models import load_config, load_tokenizer, model_shape
 from store import layout
 from store.errors import FingerprintMismatch, MissingFeature, StoreError
 from store.features import FeatureKey
-from store.manifest import Manifest, Task, read_manifest
+from store.manifest import Manifest, RowsInfo, Task, read_manifest
 from store.shape import Head, ModelShape
 from store.strict import did_you_mean
 from student_train.blocks import Source
@@ -95,6 +95,9 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
     for store, manifest in manifests.items():
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
+            for spec, method in methods:
+                if problem := _unlearnable(method, student, manifest.rows):
+                    raise ValueError(f"methods: {spec.name}: the rows of {store} {problem}")
     return Outline(phase, blueprint, shape, methods, keys, taught_by, passes)
 
 
@@ -195,6 +198,21 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
             f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
             "or start the student from the store's teacher"
         )
+
+
+def _unlearnable(method: Method, student: ModelShape, rows: RowsInfo) -> str:
+    """Why ``method`` can learn nothing from ``rows``; empty if it can."""
+    positions = {key.positions for key in method.student_keys}
+    if method.reads_labels and rows.task.kind == "none":
+        return "have no labels (rows.label in the dump's recipe names them); kd learns without them with alpha: 1"
+    if "masked" in positions and rows.objective != "mlm":
+        return f"have no masked words; build rows with objective: mlm (found {rows.objective})"
+    if "labels" in positions and rows.objective == "plain" and rows.task.kind != "token":
+        return "have no labelled tokens; build rows with objective: mlm or causal, or with labels of tokens"
+    reads_task = any(key.site == "task_logits" for key in method.student_keys)
+    if reads_task and rows.task.kind == "choice" and student.head != "multiple_choice":
+        return f"are choices of questions, which take a student with head multiple_choice, found {student.head}"
+    return ""
 
 
 def _label_problem(student: ModelShape, task: Task) -> str:

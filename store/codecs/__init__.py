@@ -9,53 +9,114 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import cast, select, topk
-from store.codecs.cast import DTYPE_ERROR, restore, round_to
-from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
+from store.codecs import cast, float8, int8, select, topk
+from store.codecs.cast import restore
+from store.features import MANTISSA, ArraySpec, Compression, FeatureKey, FeatureSpec, StoreDtype
 
 Floats = NDArray[np.float32]
+Arrays = dict[str, NDArray[Any]]
+
+
+def _as_they_are(arrays: Arrays) -> Arrays:
+    return arrays
 
 
 class Codec(NamedTuple):
     """A form that features are kept in."""
 
-    arrays: Callable[[FeatureKey, Dtype, int, Sequence[int]], tuple[ArraySpec, ...]]
+    arrays: Callable[[FeatureKey, StoreDtype, int, Sequence[int]], tuple[ArraySpec, ...]]
     """Arrays of a key whose captured width is W, with numbers in the given type and the ids that ``select`` keeps."""
-    reduce: Callable[[Floats, FeatureSpec, NDArray[np.int64] | None], dict[str, NDArray[Any]]]
+    reduce: Callable[[Floats, FeatureSpec, NDArray[np.int64] | None], Arrays]
     """What is kept of captured float32 [n, W], not yet in its stored type; labels [n] (or None) hold -100 where there is none."""
+    bounds: Callable[[ArraySpec], tuple[float, float]] = cast.bounds
+    """``error`` and ``error_of_largest`` (store.features.FeatureSpec) of numbers that are kept in the given array."""
+    expand: Callable[[Arrays], Arrays] = _as_they_are
+    """What arrays of float32 (ids int64) stand for: what was captured, where all of it was kept."""
 
 
 CODECS: dict[str, Codec] = {
     "cast": Codec(cast.arrays, cast.reduce),
     "topk": Codec(topk.arrays, topk.reduce),
     "select": Codec(select.arrays, select.reduce),
+    "int8": Codec(int8.arrays, int8.reduce, lambda array: int8.BOUNDS, int8.expand),
+    "float8": Codec(float8.arrays, float8.reduce, lambda array: float8.BOUNDS, int8.expand),
 }
 
 
-def codec_of(key: FeatureKey) -> str:
-    """Name of the codec that stores ``key``, by its form."""
-    return "topk" if key.form.startswith("top") else key.form or "cast"
-
-
-def feature_spec(key: FeatureKey, dtype: Dtype, width: int, ids: Sequence[int] = ()) -> FeatureSpec:
-    """How ``key`` (its pass is left out) is stored, when ``width`` values are captured for each unit.
-
-    ``ids`` are the vocabulary ids that the form ``select`` keeps.
+def codec_of(key: FeatureKey, dtype: StoreDtype) -> str:
+    """Name of the codec that keeps ``key`` in ``dtype``.
 
     Raises:
-        ValueError: more words are asked for than there are.
+        ValueError: the key's form is kept in float types only.
     """
-    codec = codec_of(key)
-    arrays = CODECS[codec].arrays(key, dtype, width, ids)
-    return FeatureSpec(key=str(key.of("")), codec=codec, arrays=arrays, ids=tuple(ids), error=DTYPE_ERROR[dtype])
+    if not key.form:
+        return "cast" if dtype in MANTISSA else dtype
+    if dtype not in MANTISSA:
+        raise ValueError(f"{key.of('')}: expected dtype {', '.join(MANTISSA)} for the form {key.form}, found {dtype}; give it one of its own")
+    return "topk" if key.form.startswith("top") else key.form
 
 
-def encode(spec: FeatureSpec, values: Floats, labels: NDArray[np.int64] | None = None) -> dict[str, NDArray[Any]]:
+def feature_spec(
+    key: FeatureKey,
+    dtype: StoreDtype,
+    width: int,
+    ids: Sequence[int] = (),
+    keep_bits: int | None = None,
+    compression: Compression = "none",
+) -> FeatureSpec:
+    """How ``key`` (its pass is left out) is stored, when ``width`` values are captured for each unit.
+
+    Args:
+        ids: Vocabulary ids that the form ``select`` keeps.
+        keep_bits: Mantissa bits of the numbers that are stored in ``dtype``; all by default.
+        compression: Of all arrays that hold more than one number for each unit.
+
+    Raises:
+        ValueError: more words or bits are asked for than there are, or the form has no such dtype.
+    """
+    codec = CODECS[codec_of(key, dtype)]
+    keep_bits = check_bits(dtype, keep_bits)
+    arrays = tuple(
+        array.model_copy(
+            update={
+                "keep_bits": keep_bits if array.name in _NUMBERS else None,
+                "compression": compression if array.width > 1 else "none",
+            }
+        )
+        for array in codec.arrays(key, dtype, width, ids)
+    )
+    error, error_of_largest = codec.bounds(next(array for array in arrays if array.name != "ids"))
+    return FeatureSpec(
+        key=str(key.of("")),
+        codec=codec_of(key, dtype),
+        arrays=arrays,
+        ids=tuple(ids),
+        error=error,
+        error_of_largest=error_of_largest,
+    )
+
+
+_NUMBERS = ("", "log_probs", "logits")
+"""Arrays in the type that is asked for; what stands beside them is always float32."""
+
+
+def check_bits(dtype: StoreDtype, keep_bits: int | None) -> int | None:
+    """``keep_bits`` if they are fewer than ``dtype`` has, None if they are all; raises ValueError if it has not so many."""
+    if keep_bits is None:
+        return None
+    if dtype not in MANTISSA:
+        raise ValueError(f"keep_bits: {dtype} has no mantissa to be rounded; expected it with {', '.join(MANTISSA)}")
+    if not 1 <= keep_bits <= MANTISSA[dtype]:
+        raise ValueError(f"keep_bits: expected 1 to {MANTISSA[dtype]}, all that {dtype} has, found {keep_bits}")
+    return None if keep_bits == MANTISSA[dtype] else keep_bits
+
+
+def encode(spec: FeatureSpec, values: Floats, labels: NDArray[np.int64] | None = None) -> Arrays:
     """Captured float32 [n, W] as the arrays that ``StoreWriter.commit`` takes."""
     kept = CODECS[spec.codec].reduce(values, spec, labels)
-    return {array.name: round_to(kept[array.name], array.dtype) for array in spec.arrays}
+    return {array.name: cast.stored(kept[array.name], array) for array in spec.arrays}
 
 
-def decode(spec: FeatureSpec, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Stored arrays [n, width] as float32 (ids as int64), by array name."""
-    return {array.name: restore(arrays[array.name], array.dtype) for array in spec.arrays}
+def decode(spec: FeatureSpec, arrays: Arrays) -> Arrays:
+    """Stored arrays [n, width] as float32 (ids as int64), by array name; all of a value is the array ``""``."""
+    return CODECS[spec.codec].expand({array.name: restore(arrays[array.name], array.dtype) for array in spec.arrays})

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.codecs.topk import log_sum_exp
-from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
+from store.features import ArraySpec, FeatureKey, FeatureSpec, StoreDtype
 
 
-def arrays(key: FeatureKey, dtype: Dtype, width: int, ids: Sequence[int]) -> tuple[ArraySpec, ...]:
+def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -> tuple[ArraySpec, ...]:
     """``logits`` of the chosen words in ``dtype``, if any were chosen; ``true_logit`` and ``log_sum_exp`` [1] float32."""
     if wrong := [word for word in ids if not 0 <= word < width]:
         raise ValueError(f"{key}: expected word ids 0 to {width - 1}, found {wrong}")

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
+from store.features import ArraySpec, FeatureKey, FeatureSpec, StoreDtype
 
 NO_TAIL = np.finfo(np.float32).min
 """Logarithm of the others' mass where there are no others."""
 
 
-def arrays(key: FeatureKey, dtype: Dtype, width: int, ids: Sequence[int]) -> tuple[ArraySpec, ...]:
+def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -> tuple[ArraySpec, ...]:
     """``ids`` [K], uint16 where the vocabulary allows; ``log_probs`` [K] in ``dtype``; ``log_tail`` [1] float32."""
     kept = int(key.form.removeprefix("top"))
     if kept > width:

@@ -32,10 +32,14 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     """Whether it learns from a teacher; otherwise ``teacher`` may be None and the teacher's features empty."""
 
-    def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = ()) -> None:
+    def __init__(
+        self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False
+    ) -> None:
         super().__init__()
         self.student_keys = frozenset(student_keys)
         self.teacher_keys = frozenset(teacher_keys)
+        self.reads_labels = reads_labels
+        """Whether a term learns from the task labels of rows or tokens."""
 
     def counts(self, batch: Batch) -> Terms:
         """Term -> how many tokens, rows or pairs of ``batch`` it sums over; known before any forward pass.

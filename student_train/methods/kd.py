@@ -38,7 +38,7 @@ class KD(Method):
         key = task_key(student)
         check_equal("heads", student.head, teacher.head)
         check_equal("numbers of labels", student.labels, teacher.labels)
-        super().__init__({key}, {key} if alpha else ())
+        super().__init__({key}, {key} if alpha else (), reads_labels=alpha < 1)
         self.key, self.shape, self.alpha, self.temperature = key, student, alpha, temperature
 
     def counts(self, batch: Batch) -> Terms:

@@ -28,7 +28,7 @@ class TaskLoss(Method):
 
     def __init__(self, student: ModelShape, teacher: ModelShape | None) -> None:
         key = task_key(student)
-        super().__init__({key})
+        super().__init__({key}, reads_labels=True)
         self.key, self.shape = key, student
 
     def counts(self, batch: Batch) -> Terms:
