@@ -43,14 +43,13 @@ def encode(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec, sourc
         ValueError: a number is not finite as stored; names row, feature and the way out.
     """
     packed = reduced(key, packed_value(key, value, batch), batch, spec.ids)
-    parts = _scaled(cast(Tensor, packed), spec.codec) if spec.codec in _LIMITS else None
+    if spec.codec in _LIMITS:
+        parts = _scaled(cast(Tensor, packed).reshape(-1, spec.arrays[0].width), spec.codec)
+    else:
+        parts = {array.name: cast(Tensor, getattr(packed, array.name) if array.name else packed) for array in spec.arrays}
     arrays = {}
     for array in spec.arrays:
-        if parts is not None:
-            exact = parts[array.name]
-        else:
-            exact = cast(Tensor, getattr(packed, array.name)) if array.name else cast(Tensor, packed)
-        exact = exact.reshape(len(exact), array.width)
+        exact = parts[array.name].reshape(-1, array.width)
         rounded = exact if array.keep_bits is None else _round_bits(exact, array.keep_bits)
         stored = rounded.to(_DTYPES[array.dtype])
         if stored.is_floating_point() and array.name != "values":  # a scale is finite exactly where its values are
@@ -90,11 +89,11 @@ _LIMITS = {"int8": int8.LIMIT, "float8": float8.LIMIT}
 """Codecs with a scale for each unit, and the largest number that they keep beside it."""
 
 
-def _scaled(values: Tensor, codec: str) -> dict[str, Tensor]:
-    """Numbers within the codec's range and the scale of each unit, [U, W] and [U, 1] float32, as store.codecs computes them."""
-    limit = _LIMITS[codec]
-    values_UW = values.float().reshape(len(values), -1)
-    scale_U1 = values_UW.abs().amax(1, keepdim=True) / limit
+def _scaled(values_UW: Tensor, codec: str) -> dict[str, Tensor]:
+    """Numbers within the codec's range [U, W] and the scale of each unit [U, 1], float32, as store.codecs computes them."""
+    limit, values_UW = _LIMITS[codec], values_UW.float()
+    # Divided by a number that is no tensor of its own, a GPU would multiply with the reciprocal, which rounds differently.
+    scale_U1 = values_UW.abs().amax(1, keepdim=True) / torch.tensor(limit, device=values_UW.device)
     if codec == "int8":
         scale_U1 = scale_U1.masked_fill(scale_U1 == float(int8.OVERFLOW), float(int8.BELOW_OVERFLOW))
     within_UW = (values_UW / scale_U1.masked_fill(scale_U1 == 0, 1.0)).clamp(-limit, limit)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from online.derive import PAIRWISE, route, steps
 from store.codecs import feature_spec
-from store.features import LAYERED, SITES, Dtype, FeatureKey
+from store.features import LAYERED, MANTISSA, SITES, FeatureKey, StoreDtype
 from store.shape import ModelShape, Wiring
 from store.table import RowTable
 
@@ -42,7 +42,7 @@ TYPICAL = Units()
 class Plan:
     """What to store of a teacher, or to read of a store."""
 
-    stored: dict[FeatureKey, Dtype]
+    stored: dict[FeatureKey, StoreDtype]
     """Key and type of its numbers."""
     statics: tuple[str, ...]
     """Weights that derivations need, and biases of which the model may have none."""
@@ -50,7 +50,7 @@ class Plan:
     """Requested keys that are not stored, and what they follow from."""
 
 
-def plan(requests: Mapping[FeatureKey, Dtype], shape: ModelShape, wiring: Wiring, units: Units = TYPICAL) -> Plan:
+def plan(requests: Mapping[FeatureKey, StoreDtype], shape: ModelShape, wiring: Wiring, units: Units = TYPICAL) -> Plan:
     """The features of fewest bytes a row from which every request follows, each at its type or a wider one.
 
     Args:
@@ -65,7 +65,7 @@ def plan(requests: Mapping[FeatureKey, Dtype], shape: ModelShape, wiring: Wiring
         if not ways:
             raise ValueError(f"{key} can be neither stored nor derived: {_reason(key, shape, wiring)}")
 
-    def price(key: FeatureKey, dtype: Dtype) -> float:
+    def price(key: FeatureKey, dtype: StoreDtype) -> float:
         return units.of(key) * feature_spec(key, dtype, shape.width_of(key.site)).unit_bytes
 
     return _explained(requests, _cheapest(requests, covers, shape, price), None, shape, wiring)
@@ -92,14 +92,14 @@ def cover(
         stored: Keys without pass names, with the bytes of one unit.
         statics: Names of the weights that the store carries.
     """
-    requests: dict[FeatureKey, Dtype] = dict.fromkeys(wanted, "float32")
+    requests: dict[FeatureKey, StoreDtype] = dict.fromkeys(wanted, "float32")
     covers = {key: _covers(key, stored.__contains__, statics, shape, wiring) for key in requests}
     chosen = _cheapest(requests, covers, shape, lambda key, dtype: units.of(key) * stored[key])
     return _explained(requests, chosen, statics, shape, wiring)
 
 
 def _explained(
-    requests: Iterable[FeatureKey], stored: dict[FeatureKey, Dtype], have: Collection[str] | None, shape: ModelShape, wiring: Wiring
+    requests: Iterable[FeatureKey], stored: dict[FeatureKey, StoreDtype], have: Collection[str] | None, shape: ModelShape, wiring: Wiring
 ) -> Plan:
     """A plan that stores ``stored``, with the weights that lead from there to the requests."""
     statics: dict[str, None] = {}
@@ -143,11 +143,11 @@ def _covers(
 
 
 def _cheapest(
-    requests: Mapping[FeatureKey, Dtype],
+    requests: Mapping[FeatureKey, StoreDtype],
     covers: Mapping[FeatureKey, list[Cover]],
     shape: ModelShape,
-    price: Callable[[FeatureKey, Dtype], float],
-) -> dict[FeatureKey, Dtype]:
+    price: Callable[[FeatureKey, StoreDtype], float],
+) -> dict[FeatureKey, StoreDtype]:
     """The cheapest union of one cover of each request.
 
     Nothing leads from one block to the next, so blocks are planned one by one. Within a block all unions are tried but
@@ -159,39 +159,45 @@ def _cheapest(
             return shape.layers + 1
         return key.layer + (key.site == "hidden")
 
-    def rank(choice: dict[FeatureKey, Dtype]) -> tuple[float, int, int, int, list[str]]:
+    def rank(choice: dict[FeatureKey, StoreDtype]) -> tuple[float, int, int, int, list[str]]:
         """Bytes; among equals few arrays, then requested ones, then those nearest to what is requested."""
         nearness = sum(list(SITES).index(key.site) for key in choice)
         total = round(sum(price(key, dtype) for key, dtype in choice.items()), 3)
         return total, len(choice), -sum(key in requests for key in choice), -nearness, sorted(map(str, choice))
 
-    chosen: dict[FeatureKey, Dtype] = {}
+    chosen: dict[FeatureKey, StoreDtype] = {}
     for _, keys in groupby(sorted(requests, key=lambda key: (block(key), len(covers[key]))), block):
-        unions: list[dict[FeatureKey, Dtype]] = [{}]
+        unions: list[dict[FeatureKey, StoreDtype]] = [{}]
         for key in keys:
             joined = [_join(union, one, requests[key]) for union in unions for one in covers[key]]
             unions = _minimal(joined)
-        cheapest: dict[FeatureKey, Dtype] = min(unions, key=rank)
+        cheapest: dict[FeatureKey, StoreDtype] = min(unions, key=rank)
         chosen |= cheapest
     return chosen
 
 
-def _join(union: dict[FeatureKey, Dtype], keys: Cover, dtype: Dtype) -> dict[FeatureKey, Dtype]:
+def _join(union: dict[FeatureKey, StoreDtype], keys: Cover, dtype: StoreDtype) -> dict[FeatureKey, StoreDtype]:
     """``union`` with ``keys`` at ``dtype``; a key wanted in two types is kept in one that holds both."""
     return union | {key: _widest(union.get(key, dtype), dtype) for key in keys}
 
 
-def _widest(one: Dtype, other: Dtype) -> Dtype:
-    return one if one == other else "float32"
+def _widest(one: StoreDtype, other: StoreDtype) -> StoreDtype:
+    """The smallest type that is as exact as both; float16 and bfloat16 each lack what the other has."""
+    if one == other:
+        return one
+    floats = {one, other} & MANTISSA.keys()
+    if not floats:
+        return "bfloat16"  # more exact than int8 for small numbers and than float8 for large ones
+    return "float16" if floats == {"float16"} else "bfloat16" if floats == {"bfloat16"} else "float32"
 
 
-def _minimal(unions: list[dict[FeatureKey, Dtype]]) -> list[dict[FeatureKey, Dtype]]:
+def _minimal(unions: list[dict[FeatureKey, StoreDtype]]) -> list[dict[FeatureKey, StoreDtype]]:
     """Those of ``unions`` that hold no other."""
 
-    def within(one: dict[FeatureKey, Dtype], other: dict[FeatureKey, Dtype]) -> bool:
+    def within(one: dict[FeatureKey, StoreDtype], other: dict[FeatureKey, StoreDtype]) -> bool:
         return all(key in other and _widest(dtype, other[key]) == other[key] for key, dtype in one.items())
 
-    kept: list[dict[FeatureKey, Dtype]] = []
+    kept: list[dict[FeatureKey, StoreDtype]] = []
     for union in sorted(unions, key=len):
         if not any(within(smaller, union) for smaller in kept):
             kept = [*(one for one in kept if not within(union, one)), union]

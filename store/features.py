@@ -132,7 +132,7 @@ class ArraySpec(Strict):
     width: int = Field(ge=1, le=MOST_WIDTH)
     compression: Compression = "none"
     """Of its inner chunks: Zarr's codec ``blosc`` with zstd behind a bit shuffle."""
-    keep_bits: int | None = Field(default=None, ge=1, le=23)
+    keep_bits: int | None = Field(default=None, ge=1, le=22)
     """Mantissa bits that its numbers were rounded to before they were stored, to nearest even; all by default."""
 
 

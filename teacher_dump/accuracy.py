@@ -1,7 +1,7 @@
 """How far derived features are from live ones, measured on a few real rows."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from online.models import forward
 from online.statics import live_statics
 from online.teacher import float_statics
 from store.codecs import feature_spec
-from store.features import Dtype, FeatureKey
+from store.features import MANTISSA, FeatureKey, FeatureSpec, StoreDtype
 from store.reader import Store
 from teacher_dump.batches import cut, padded_lengths
 from teacher_dump.teacher import Origins, TeacherPass
@@ -36,41 +36,68 @@ def sample(store: Store, batch_tokens: int) -> list[tuple[Batch, Origins]]:
     ]
 
 
-def derived_errors(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]], dtype: Dtype | None = None) -> dict[str, float]:
-    """Derived feature -> ||derived - live|| / ||live|| over ``batches``, each number of which is checked to be finite.
+@dataclass(frozen=True)
+class Live:
+    """What the teacher itself says about a batch, of all features that are stored or derived."""
 
-    The live value comes from the model itself, the derived one from what the store will hold and the shipped weights.
+    batch: Batch
+    sources: Sequence[str]
+    values: Features
 
-    Args:
-        dtype: stored type to try instead of the recipe's.
+
+def live(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -> list[Live]:
+    """The teacher's own answers to ``batches``."""
+    plain = {replace(key, form="") for key in (*teacher.plan.derived, *(spec.feature for spec in teacher.specs))}
+    found = []
+    for batch, sources in batches:
+        batch = batch.to(teacher.device)
+        with torch.inference_mode(), Capture(teacher.loaded, plain) as capture:
+            forward(teacher.loaded, batch)
+            found.append(Live(batch, sources, capture.features(batch)))
+    return found
+
+
+def derived_errors(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -> dict[str, float]:
+    """The errors of derived features alone; see :func:`errors`."""
+    found = errors(teacher, live(teacher, batches), teacher.specs)
+    return {str(key): found[str(key)] for key in teacher.plan.derived}
+
+
+def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[FeatureSpec]) -> dict[str, float]:
+    """Feature -> ||found - live|| / ||live||, each number of which is checked to be finite.
+
+    What is found is read back from what a store with ``specs`` holds, or derived from it with the shipped weights. Stored
+    features that keep words are left out.
 
     Raises:
         ValueError: a stored number would not be finite; names row and feature.
     """
     shape, wiring = teacher.loaded.shape, teacher.loaded.wiring
-    specs = [
-        spec if dtype is None else feature_spec(spec.feature, dtype, shape.width_of(spec.feature.site), spec.ids) for spec in teacher.specs
-    ]
     statics = float_statics(live_statics(teacher.loaded, teacher.plan.statics))
-    wanted = list(teacher.plan.derived)
-    plain = {replace(key, form="") for key in (*wanted, *(spec.feature for spec in specs))}
+    wanted = [*(spec.feature for spec in specs if not spec.feature.form), *teacher.plan.derived]
     sums = {key: np.zeros(2) for key in wanted}
-    for batch, sources in batches:
-        batch = batch.to(teacher.device)
+    for answer in answers:
+        batch, stored = answer.batch, {}
         with torch.inference_mode():
-            with Capture(teacher.loaded, plain) as capture:
-                forward(teacher.loaded, batch)
-            live = capture.features(batch)
-            stored: Features = {}
             for spec in specs:
-                arrays = encode(spec.feature, live[replace(spec.feature, form="")], batch, spec, sources)
+                arrays = encode(spec.feature, answer.values[replace(spec.feature, form="")], batch, spec, answer.sources)
                 stored[spec.feature] = assemble(spec.feature, spec, arrays, batch)
-            derived = derive(wanted, stored, statics, batch, shape, wiring)
-            exact = derive(wanted, live, statics, batch, shape, wiring)
+            found = derive(wanted, stored, statics, batch, shape, wiring)
+            exact = derive(wanted, answer.values, statics, batch, shape, wiring)
             for key in wanted:
-                found, true = _numbers(key, derived[key], batch, teacher), _numbers(key, exact[key], batch, teacher)
-                sums[key] += [float((found - true).square().sum()), float(true.square().sum())]
+                there, true = _numbers(key, found[key], batch, teacher), _numbers(key, exact[key], batch, teacher)
+                sums[key] += [float((there - true).square().sum()), float(true.square().sum())]
     return {str(key): float(np.sqrt(error / max(norm, 1e-30))) for key, (error, norm) in sums.items()}
+
+
+def stored_as(teacher: TeacherPass, dtype: StoreDtype) -> list[FeatureSpec]:
+    """What the store would hold with every number in ``dtype`` and without rounding; words are kept in float types only."""
+    return [
+        spec
+        if spec.feature.form and dtype not in MANTISSA
+        else feature_spec(spec.feature, dtype, teacher.loaded.shape.width_of(spec.feature.site), spec.ids)
+        for spec in teacher.specs
+    ]
 
 
 def _numbers(key: FeatureKey, value: Value, batch: Batch, teacher: TeacherPass) -> Tensor:

@@ -12,19 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from store import layout
 from store.errors import FingerprintMismatch, StoreError
-from store.features import FeatureKey
+from store.features import FeatureKey, FeatureSpec, StoreDtype
 from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
-from teacher_dump.accuracy import derived_errors, sample
+from teacher_dump.accuracy import Live, errors, live, sample, stored_as
 from teacher_dump.cost import Cost, cost_of
 from teacher_dump.dump import AHEAD, RESERVE, ensure_rows, requested
 from teacher_dump.figures import duration, size, table
-from teacher_dump.recipe import DumpRecipe, StoreDtype
+from teacher_dump.recipe import DumpRecipe
 from teacher_dump.teacher import TeacherPass, load_pass
 from teacher_dump.timing import Timing, measure
 
-_TYPES: tuple[StoreDtype, ...] = ("float32", "float16", "bfloat16")
+_TYPES: tuple[StoreDtype, ...] = ("float32", "float16", "bfloat16", "int8", "float8")
+"""Stored types that are tried beside the one that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class _Findings:
     cost: Cost
     pending: list[int]
     timing: Timing
-    errors: dict[StoreDtype, dict[str, float] | str]
-    """Stored type -> relative error of each derived feature, or why it cannot be used."""
+    errors: dict[str, float]
+    """Feature -> relative error of what is read back, or derived from it, against the live teacher."""
+    tried: dict[StoreDtype, dict[str, float] | str]
+    """The same with every number in a type, or why it cannot be used."""
     present: bool
     """Whether the store has its rows."""
 
@@ -53,11 +56,14 @@ def plan(recipe: DumpRecipe, command: Sequence[str]) -> str:
         store = Store.open(path)
         teacher = load_pass(recipe, requests, store.rows, made)
         _refuse_other_pass(recipe, store, teacher)
-        cost = cost_of(store, recipe, teacher, teacher.statics())
         done = store.committed(recipe.pass_name)
         pending = [shard for shard in range(store.manifest.rows.slots) if shard not in done]
-        timing = measure(teacher, store, pending, cost.shards(pending), recipe.batch_tokens, scratch)
-        findings = _Findings(store, teacher, cost, pending, timing, _errors(recipe, teacher, store), path == recipe.store)
+        timing = measure(teacher, store, pending, recipe.batch_tokens, scratch)
+        cost = cost_of(store, recipe, teacher, teacher.statics(), timing.answered)
+        answers = live(teacher, sample(store, recipe.batch_tokens))
+        found = errors(teacher, answers, teacher.specs)
+        tried = {dtype: _tried(teacher, answers, dtype) for dtype in _TYPES} if teacher.plan.derived else {}
+        findings = _Findings(store, teacher, cost, pending, timing, found, tried, path == recipe.store)
         return "\n".join(_report(recipe, findings))
 
 
@@ -82,16 +88,12 @@ def _refuse_other_pass(recipe: DumpRecipe, store: Store, teacher: TeacherPass) -
             raise FingerprintMismatch(f"{store.path} has a pass {recipe.pass_name} with another {field}; give this one another pass_name")
 
 
-def _errors(recipe: DumpRecipe, teacher: TeacherPass, store: Store) -> dict[StoreDtype, dict[str, float] | str]:
-    """Errors of derived features at each stored type."""
-    batches = sample(store, recipe.batch_tokens)
-    errors: dict[StoreDtype, dict[str, float] | str] = {}
-    for dtype in _TYPES:
-        try:
-            errors[dtype] = derived_errors(teacher, batches, dtype)
-        except ValueError as error:
-            errors[dtype] = str(error)
-    return errors
+def _tried(teacher: TeacherPass, answers: Sequence[Live], dtype: StoreDtype) -> dict[str, float] | str:
+    """Errors if every number were stored in ``dtype``, or why that cannot be."""
+    try:
+        return errors(teacher, answers, stored_as(teacher, dtype))
+    except ValueError as error:
+        return str(error)
 
 
 def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
@@ -100,19 +102,20 @@ def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
     yield f"plan of pass {recipe.pass_name} in {recipe.store}; nothing was written"
     yield f"\nrows: {info.rows:,} ({splits}), {info.tokens:,} tokens in {info.slots:,} shards of up to {info.slot_tokens:,}"
     yield "\nstored:"
-    lines = [("", "type", "one unit", "bytes/token", "in all", "rounding error")]
+    lines = [("", "type", "one unit", "bytes/token", "in all", "rounding error", "measured")]
     for spec in teacher.specs:
         all_bytes = int(cost.features[spec.feature].sum())
-        error = "exact" if spec.error == 0 else f"{spec.error:.1e} relative"
-        dtype = teacher.plan.stored[spec.feature]
-        unit = f"{spec.unit_bytes:,} B a {_unit(spec.feature)}"
-        lines.append((str(spec.feature), dtype, unit, f"{all_bytes / info.tokens:,.1f}", size(all_bytes), error))
-    lines.append(("all", "", "", f"{cost.shards() / info.tokens:,.1f}", size(cost.shards()), ""))
-    yield table(lines, right="234")
+        measured = f"{found.errors[spec.key]:.1e}" if spec.key in found.errors and not spec.exact else ""
+        unit = f"{spec.unit_bytes:,} B a {_unit(spec.feature)}{' at most' if spec.compressed else ''}"
+        lines.append((spec.key, spec.kept_as, unit, f"{all_bytes / info.tokens:,.1f}", size(all_bytes), _bound(spec), measured))
+    lines.append(("all", "", "", f"{cost.shards() / info.tokens:,.1f}", size(cost.shards()), "", ""))
+    yield table(lines, right="2346")
+    if any(spec.compressed for spec in teacher.specs):
+        yield "  (compressed sizes are estimated from real batches)"
     if teacher.plan.derived:
-        yield "\nderived from it when read, with the relative error against the live teacher on a few rows:"
-        yield table(_derived(found), right="234")
-        yield from (f"  {dtype}: {why}" for dtype, why in found.errors.items() if isinstance(why, str))
+        yield "\nderived from it when read, with the relative error against the live teacher on a few rows, here and in other types:"
+        yield table(_derived(found), right="234567")
+        yield from (f"  {dtype}: {why}" for dtype, why in found.tried.items() if isinstance(why, str))
     yield "\ndisk:"
     yield table(
         [
@@ -129,12 +132,11 @@ def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
 
 
 def _derived(found: _Findings) -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [("", "from", *_TYPES)]
+    lines: list[tuple[str, ...]] = [("", "from", "this recipe", *_TYPES)]
     for key, sources in found.teacher.plan.derived.items():
-        shown = []
-        for dtype in _TYPES:
-            errors = found.errors[dtype]
-            shown.append("-" if isinstance(errors, str) else f"{errors[str(key)]:.1e}")
+        shown = [f"{found.errors[str(key)]:.1e}"]
+        for tried in found.tried.values():
+            shown.append("-" if isinstance(tried, str) else f"{tried[str(key)]:.1e}")
         lines.append((str(key), ", ".join(map(str, sources)), *shown))
     return lines
 
@@ -153,14 +155,25 @@ def _needs(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
     tokens = int(found.store.rows.slot_tokens[found.pending].sum())
     if not tokens:
         return
+    seconds = timing.seconds(cost.shards(found.pending))
     where = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     yield (
-        f"time: {duration(timing.seconds)} at {tokens / max(timing.seconds, 1e-9):,.0f} tokens/s, "
+        f"time: {duration(seconds)} at {tokens / max(seconds, 1e-9):,.0f} tokens/s, "
         f"measured on {timing.batches} real batches ({where}), after building rows and loading the teacher"
     )
-    in_flight = (2 + AHEAD) * int(max(sum(int(sizes[shard]) for sizes in cost.features.values()) for shard in found.pending))
+    rows, specs = found.store.rows, found.teacher.specs
+    units = [sum(int(rows.slot_units(spec.feature.positions)[shard]) * spec.unit_bytes for spec in specs) for shard in found.pending]
+    in_flight = (2 + AHEAD) * max(units)
     gpu = f", and {size(timing.device_memory)} on the GPU" if timing.device_memory else ""
     yield f"memory: up to {size(timing.memory + in_flight)}, of which {size(in_flight)} are shards waiting to be written{gpu}"
+
+
+def _bound(spec: FeatureSpec) -> str:
+    """The declared bound of a stored feature's error."""
+    if spec.exact:
+        return "exact"
+    relative = [f"{spec.error:.1e} relative"] if spec.error else []
+    return " + ".join([*relative, *([f"{spec.error_of_largest:.1e} of the largest"] if spec.error_of_largest else [])])
 
 
 def _unit(key: FeatureKey) -> str:

@@ -10,9 +10,8 @@ from pydantic import Field, field_validator
 from online.models import ModelSpec
 from online.rows import RowsSpec
 from store import layout
+from store.features import Compression, StoreDtype
 from store.strict import Strict, load_yaml
-
-StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class FeatureRequest(Strict):
@@ -21,7 +20,11 @@ class FeatureRequest(Strict):
     key: str
     """site.layer@positions:form; a layer may be ``*`` (all) or negative (-1 is the last)."""
     dtype: StoreDtype | None = None
-    """Stored type of its numbers; the recipe's dtype by default."""
+    """Stored type of its numbers; the recipe's dtype by default. Likeliest and selected words have float types only."""
+    keep_bits: int | None = Field(default=None, ge=1, le=23)
+    """Mantissa bits that its numbers are rounded to; the recipe's by default, where its type is a float one."""
+    compression: Compression | None = None
+    """Of its arrays; the recipe's by default."""
     ids: tuple[int, ...] = ()
     """Vocabulary ids kept by the form ``select``."""
     words: tuple[str, ...] = ()
@@ -40,7 +43,13 @@ class DumpRecipe(Strict):
     features: tuple[FeatureRequest, ...] = ()
     """What students will ask for; `student-train needs` prints it. The smallest set that covers it is stored."""
     dtype: StoreDtype = "float32"
-    """Stored type of all features; float32 is exact, 16 bits are a printed rounding error."""
+    """Stored type of all features; float32 is exact, the others are a printed rounding error. int8 and float8 (e4m3) have a
+    float32 scale for each token."""
+    keep_bits: int | None = Field(default=None, ge=1, le=23)
+    """Mantissa bits that numbers are rounded to before they are compressed, to nearest even: float32 has 23, float16 10 and bfloat16
+    7. All by default."""
+    compression: Compression = "none"
+    """zstd (behind a bit shuffle) takes less disk and more time to read: worth it on slow disks, and with few keep_bits."""
     batch_tokens: int = Field(default=4096, ge=16)
     """Padded tokens of one teacher batch."""
     device: str | None = None

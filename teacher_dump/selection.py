@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from online.derive import PAIRWISE
 from online.families import FAMILIES
 from online.rows import RowsSpec
-from store.features import FeatureKey
+from store.codecs import check_bits, codec_of
+from store.features import MANTISSA, Compression, FeatureKey, StoreDtype
 from store.shape import Head, ModelShape
-from teacher_dump.recipe import DumpRecipe, FeatureRequest, StoreDtype
+from teacher_dump.recipe import DumpRecipe, FeatureRequest
 
 WORD_HEADS: tuple[Head, ...] = ("masked_lm", "causal_lm")
 TASK_HEADS: tuple[Head, ...] = ("classification", "multiple_choice", "token_classification")
@@ -29,21 +30,28 @@ class Request:
     dtype: StoreDtype
     ids: tuple[int, ...] = ()
     """Vocabulary ids, for the form ``select``."""
+    keep_bits: int | None = None
+    """Mantissa bits that are kept; all by default."""
+    compression: Compression = "none"
 
 
 def resolve(recipe: DumpRecipe, shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> tuple[Request, ...]:
     """Every feature that ``recipe`` names, each key once, in the recipe's order.
 
     Raises:
-        ValueError: an unknown feature, a layer out of range, a word of several tokens, or a head that the feature lacks.
+        ValueError: an unknown feature, a layer out of range, a word of several tokens, a head that the feature lacks, or a type
+            that it cannot be kept in.
     """
+    check_bits(recipe.dtype, recipe.keep_bits)
     requests: dict[FeatureKey, Request] = {}
     for wanted in recipe.features:
         try:
-            ids = _ids(wanted, shape, tokenizer)
+            ids, dtype = _ids(wanted, shape, tokenizer), wanted.dtype or recipe.dtype
+            bits, compression = _bits(wanted, recipe), wanted.compression or recipe.compression
             for key in expand(wanted.key, shape):
                 _check(key, shape)
-                request = Request(key, wanted.dtype or recipe.dtype, ids)
+                codec_of(key, dtype)
+                request = Request(key, dtype, ids, bits, compression)
                 if requests.setdefault(key, request) != request:
                     raise ValueError(f"{key} is asked for twice in different ways; keep one of them")
         except ValueError as error:
@@ -85,6 +93,17 @@ def expand(text: str, shape: ModelShape) -> list[FeatureKey]:
         site = keys[0].site
         raise ValueError(f"the teacher has {shape.layers} blocks: expected {site}.{lowest} to {site}.{shape.layers}, or -1 for the last")
     return keys if not match else [FeatureKey.parse(f"{match['site']}.{layer}{match['rest']}") for layer in counted]
+
+
+def _bits(wanted: FeatureRequest, recipe: DumpRecipe) -> int | None:
+    """Mantissa bits to keep of a feature; None for all."""
+    dtype, bits = wanted.dtype or recipe.dtype, wanted.keep_bits
+    if bits is None and dtype in MANTISSA:  # what the recipe says for float types does not concern the others
+        bits = recipe.keep_bits
+    kept = check_bits(dtype, bits)
+    if kept is not None and (wanted.compression or recipe.compression) == "none":
+        raise ValueError(f"keep_bits: {kept} bits of {dtype} take the room of all {MANTISSA[dtype]} without compression: zstd; add it")
+    return kept
 
 
 def _lowest(key: FeatureKey) -> int:

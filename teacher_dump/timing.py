@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from online.collate import collate
+from store.manifest import RowsInfo
 from store.reader import Store
-from store.shards import Shard, token_chunk, write_slot
+from store.shards import Shard, write_slot
 from store.table import Ints
 from teacher_dump.batches import Arrays, cut, padded_lengths, rows_of
 from teacher_dump.teacher import TeacherPass
@@ -28,45 +29,56 @@ _KEEP = 256 << 20
 class Timing:
     """What a dump takes beside disk."""
 
+    answered: list[Arrays]
+    """What the teacher answered to different batches, as many as are kept."""
     batches: int
     """How many were timed."""
-    seconds: float
-    """Teacher and writer together, for all shards that are left."""
+    teaching: float
+    """Seconds that the teacher takes for all shards that are left."""
+    write_rate: float
+    """Seconds to write a byte of a file, compression, checksums and fsync included."""
     memory: int
     """Peak bytes of this process so far, with the longest batch and without shards in flight."""
     device_memory: int
     """Peak bytes on the GPU; 0 without one."""
 
+    def seconds(self, written: int) -> float:
+        """Teacher and writer together, for files of so many bytes.
 
-def measure(teacher: TeacherPass, store: Store, shards: Sequence[int], written: int, batch_tokens: int, scratch: Path) -> Timing:
-    """Time the dump of ``shards``, ``written`` bytes in all, by running a few of its batches and writing their answers to ``scratch``.
+        On a CPU they share the cores and their times add up; on a GPU the slower one counts.
+        """
+        writing = self.write_rate * written
+        return max(self.teaching, writing) if self.device_memory else self.teaching + writing
 
-    Batches are drawn in proportion to their tokens, so the mean of their seconds per token is that of the whole dump. On
-    a CPU, teacher and writer share the cores and their times add up; on a GPU the slower one counts.
+
+def measure(teacher: TeacherPass, store: Store, shards: Sequence[int], batch_tokens: int, scratch: Path) -> Timing:
+    """Time the dump of ``shards`` by running a few of its batches and writing their answers to ``scratch``.
+
+    Batches are drawn in proportion to their tokens, so the mean of their seconds per token is that of the whole dump.
     """
     batches = [members for shard in shards for members in cut(store.rows, rows_of(store.rows, shard), batch_tokens)]
     if not batches:
-        return Timing(0, 0.0, _peak_memory(), 0)
+        return Timing([], 0, 0.0, 0.0, _peak_memory(), 0)
     tokens = np.array([int(padded_lengths(store.rows, members).sum()) for members in batches], np.int64)
     longest = max(range(len(batches)), key=lambda number: (int(store.rows.at(batches[number]).length.max()), int(tokens[number])))
     _answer(teacher, store, batches[longest])  # warms up, and reaches the peak of memory
-    answered: list[Arrays] = []
+    answered: dict[int, Arrays] = {}
     rates: list[float] = []
     kept, stop = 0, time.perf_counter() + SECONDS
     for number in _drawn(tokens):
         start = time.perf_counter()
         arrays = _answer(teacher, store, batches[number])
         rates.append((time.perf_counter() - start) / int(tokens[number]))
-        if kept < _KEEP:
-            answered.append(arrays)
+        if kept < _KEEP and number not in answered:
+            answered[number] = arrays
             kept += sum(values.nbytes for named in arrays.values() for values in named.values())
         if len(rates) >= 3 and time.perf_counter() > stop:
             break
     teaching = float(np.mean(rates)) * int(tokens.sum())
-    writing = _write_rate(teacher, answered, store.manifest.rows.slot_tokens, scratch) * written
-    if teacher.device.type == "cuda":
-        return Timing(len(rates), max(teaching, writing), _peak_memory(), torch.cuda.max_memory_allocated(teacher.device))
-    return Timing(len(rates), teaching + writing, _peak_memory(), 0)
+    answers = list(answered.values())
+    rate = _write_rate(teacher, answers, store.manifest.rows, scratch)
+    on_device = torch.cuda.max_memory_allocated(teacher.device) if teacher.device.type == "cuda" else 0
+    return Timing(answers, len(rates), teaching, rate, _peak_memory(), on_device)
 
 
 def _answer(teacher: TeacherPass, store: Store, members: Ints) -> Arrays:
@@ -81,17 +93,18 @@ def _drawn(tokens: Ints) -> list[int]:
     return [int(drawn[place]) for place in order]
 
 
-def _write_rate(teacher: TeacherPass, answered: Sequence[Arrays], slot_tokens: int, scratch: Path) -> float:
-    """Seconds to write a byte, checksums and fsync included."""
-    seconds, written, number = 0.0, 0, 0
+def _write_rate(teacher: TeacherPass, answered: Sequence[Arrays], rows: RowsInfo, scratch: Path) -> float:
+    """Seconds to write a byte."""
+    seconds, written = 0.0, 0
     for spec in teacher.specs:
         for array in spec.arrays:
-            values = np.concatenate([arrays[spec.feature][array.name] for arrays in answered])[:slot_tokens]
+            values = np.concatenate([arrays[spec.feature][array.name] for arrays in answered])[: rows.slot_tokens]
+            shard = Shard(array, rows.slot_tokens, len(values), rows.chunk(array, spec.feature.positions))
+            path = scratch / "timing"
             start = time.perf_counter()
-            write_slot(scratch / f"timing-{number}", values, Shard(array, slot_tokens, len(values), token_chunk(slot_tokens)))
+            written += write_slot(path, values, shard).size
             seconds += time.perf_counter() - start
-            written += values.nbytes
-            number += 1
+            path.unlink()
     return seconds / max(1, written)
 
 

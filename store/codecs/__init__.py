@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.codecs import cast, float8, int8, select, topk
-from store.codecs.cast import restore
+from store.codecs.cast import restore as restore
+from store.codecs.cast import round_to as round_to
 from store.features import MANTISSA, ArraySpec, Compression, FeatureKey, FeatureSpec, StoreDtype
 
 Floats = NDArray[np.float32]
@@ -39,7 +40,7 @@ CODECS: dict[str, Codec] = {
     "topk": Codec(topk.arrays, topk.reduce),
     "select": Codec(select.arrays, select.reduce),
     "int8": Codec(int8.arrays, int8.reduce, lambda array: int8.BOUNDS, int8.expand),
-    "float8": Codec(float8.arrays, float8.reduce, lambda array: float8.BOUNDS, int8.expand),
+    "float8": Codec(float8.arrays, float8.reduce, lambda array: float8.BOUNDS, float8.expand),
 }
 
 
@@ -52,7 +53,9 @@ def codec_of(key: FeatureKey, dtype: StoreDtype) -> str:
     if not key.form:
         return "cast" if dtype in MANTISSA else dtype
     if dtype not in MANTISSA:
-        raise ValueError(f"{key.of('')}: expected dtype {', '.join(MANTISSA)} for the form {key.form}, found {dtype}; give it one of its own")
+        raise ValueError(
+            f"{key.of('')}: expected dtype {', '.join(MANTISSA)} for the form {key.form}, found {dtype}; give it one of its own"
+        )
     return "topk" if key.form.startswith("top") else key.form
 
 

@@ -42,7 +42,7 @@ def stored(values: NDArray[Any], array: ArraySpec) -> NDArray[Any]:
 def round_bits(values: NDArray[Any], keep_bits: int) -> NDArray[np.float32]:
     """``values`` with so many mantissa bits, to nearest even; what passes the largest float32 becomes infinite."""
     values = values.astype(np.float32, copy=False)
-    rounded = numcodecs.BitRound(keep_bits).encode(np.ascontiguousarray(values))
+    rounded = numcodecs.BitRound(keep_bits).encode(np.ascontiguousarray(values)).view(np.float32)
     return np.where(np.isnan(values), values, rounded)  # adding to a NaN's bits could carry it into a number
 
 

@@ -1,5 +1,6 @@
 """The device half of the codecs against their NumPy half and against float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from online.batch import IGNORED, Batch, Selected, TopK
 from online.encode import assemble, encode
 from online.vocabulary import top_k
 from store import codecs
-from store.features import Dtype, FeatureKey
+from store.features import MANTISSA, Dtype, FeatureKey, FeatureSpec, StoreDtype
 
-DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
+DTYPES: tuple[StoreDtype, ...] = ("float32", "float16", "bfloat16", "int8", "float8")
+FLOATS: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 LENGTHS = (5, 2, 7)
 
 
@@ -57,20 +59,47 @@ def equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["hidden.1", "hidden.1@first", "hidden.1@mean", "head_input@labels", "task_logits@row"])
-def test_casting_on_the_device_gives_the_bits_that_numpy_gives(name: str, dtype: Dtype) -> None:
+def test_what_the_device_keeps_is_bit_for_bit_what_numpy_keeps(name: str, dtype: StoreDtype) -> None:
     key, rows = FeatureKey.parse(name), batch()
     value = values(key, rows, 6)
     spec = codecs.feature_spec(key, dtype, 6)
     equal(encode(key, value, rows, spec), codecs.encode(spec, packed(key, value, rows)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=32)
+    | st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=32),
+    exponent=st.integers(-149, 0),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_both_halves_keep_the_same_bits_of_any_numbers(values: list[float], exponent: int, dtype: StoreDtype, data: st.DataObject) -> None:
+    numbers = np.array(values[: len(values) // 4 * 4], np.float32).reshape(-1, 4)
+    with np.errstate(under="ignore"):
+        numbers[0] *= np.float32(2.0) ** exponent
+    bits = data.draw(st.none() | st.integers(1, MANTISSA[dtype])) if dtype in MANTISSA else None
+    spec = codecs.feature_spec(key := FeatureKey("hidden", 1, "first"), dtype, 4, keep_bits=bits, compression="zstd")
+    expected = codecs.encode(spec, numbers)
+    rows = replace(batch(), rows=torch.arange(len(numbers)))
+    if not np.isfinite(codecs.decode(spec, expected)[""]).all():  # too large for float16, or rounded beyond the largest float32
+        with pytest.raises(ValueError, match="does not fit"):
+            encode(key, torch.from_numpy(numbers), rows, spec)
+        return
+    found = encode(key, torch.from_numpy(numbers), rows, spec)
+    equal(found, expected)
+    back = assemble(key, spec, found, rows)
+    assert isinstance(back, Tensor)
+    np.testing.assert_array_equal(back.numpy().view(np.uint32), codecs.decode(spec, expected)[""].view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", ["lm_logits@labels:select", "lm_logits:select", "lm_logits@last:select"])
 @pytest.mark.parametrize("ids", [(), (3, 39, 0)])
 def test_selected_logits_are_those_that_numpy_selects(name: str, dtype: Dtype, ids: tuple[int, ...]) -> None:
     key, rows = FeatureKey.parse(name), batch()
     value = values(key, rows, 40)
-    spec = codecs.feature_spec(key, dtype, 40, ids)
+    spec = codecs.feature_spec(key, dtype, 40, ids, 4, "zstd")
     found, expected = encode(key, value, rows, spec), codecs.encode(spec, packed(key, value, rows), packed_labels(key, rows))
     np.testing.assert_allclose(found.pop("log_sum_exp"), expected.pop("log_sum_exp"), rtol=1e-6)
     equal(found, expected)
@@ -132,15 +161,34 @@ def test_what_is_read_back_is_bit_for_bit_what_was_captured_with_zeros_on_paddin
     assert torch.equal(back, torch.where(rows.mask[..., None], value, 0.0) if key.positions == "all" else value)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_within_the_declared_error(dtype: Dtype) -> None:
+def kept(key: FeatureKey, dtype: StoreDtype, bits: int | None = None) -> FeatureSpec:
+    return codecs.feature_spec(key, dtype, 64, keep_bits=bits, compression="none" if bits is None else "zstd")
+
+
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("float16", None), ("bfloat16", None), ("bfloat16", 3), ("float32", 9), ("int8", None), ("float8", None)]
+)
+def test_what_is_read_back_stays_within_the_declared_error(dtype: StoreDtype, bits: int | None, teacher: torch.dtype) -> None:
     key, rows = FeatureKey("hidden", 1), batch()
-    value = values(key, rows, 64)
-    spec = codecs.feature_spec(key, dtype, 64)
+    value = values(key, rows, 64).to(teacher)
+    spec = kept(key, dtype, bits)
     back = assemble(key, spec, encode(key, value, rows, spec), rows)
     assert isinstance(back, Tensor)
     assert back.dtype == torch.float32
-    assert ((back - value).abs() <= spec.error * value.abs() + 1e-7)[rows.mask].all()
+    assert (back[~rows.mask] == 0).all()
+    exact, found = value.double()[rows.mask], back.double()[rows.mask]
+    bound = spec.error * exact.abs() + spec.error_of_largest * exact.abs().amax(-1, keepdim=True)
+    assert ((found - exact).abs() <= bound + 1e-7).all()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", None), ("float8", None), ("bfloat16", 3)])
+def test_no_tokens_are_no_values(dtype: StoreDtype, bits: int | None) -> None:
+    key, rows = FeatureKey("hidden", 1, "labels"), batch()
+    spec, none = kept(key, dtype, bits), torch.zeros(0, 64)
+    stored = encode(key, none, rows, spec)
+    assert {name: array.shape for name, array in stored.items()} == {array.name: (0, array.width) for array in spec.arrays}
+    assert torch.equal(torch.as_tensor(assemble(key, spec, stored, rows)), none)
 
 
 @pytest.mark.parametrize("positions", ["all", "labels", "first"])
@@ -167,11 +215,15 @@ def test_words_are_read_back_with_the_leading_shape_of_their_positions(positions
         (7e4, "float16", r"7e\+04 does not fit float16, whose largest number is 6.55e\+04; store it with dtype: bfloat16"),
         (float("nan"), "float32", "the teacher answers NaN or infinity"),
         (float("inf"), "bfloat16", "the teacher answers NaN or infinity"),
+        (float("nan"), "int8", "the teacher answers NaN or infinity"),
+        (float("-inf"), "int8", "the teacher answers NaN or infinity"),
+        (float("nan"), "float8", "the teacher answers NaN or infinity"),
+        (float("inf"), "float8", "the teacher answers NaN or infinity"),
     ],
 )
 @pytest.mark.parametrize(("name", "place"), [("hidden.1", (2, 3)), ("hidden.1@last", (2,)), ("head_input@labels", (-1,))])
 def test_a_number_that_is_not_finite_as_stored_names_row_and_feature(
-    bad: float, dtype: Dtype, message: str, name: str, place: tuple[int, ...]
+    bad: float, dtype: StoreDtype, message: str, name: str, place: tuple[int, ...]
 ) -> None:
     key, rows = FeatureKey.parse(name), batch()
     assert rows.token_labels is not None
@@ -183,8 +235,9 @@ def test_a_number_that_is_not_finite_as_stored_names_row_and_feature(
         encode(key, value, rows, spec, ["a.txt", "a.txt", "b.txt, record 2"])
 
 
-def test_padding_may_hold_anything() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_may_hold_anything(dtype: StoreDtype) -> None:
     key, rows = FeatureKey("hidden", 1), batch()
     value = values(key, rows, 6).masked_fill(~rows.mask[..., None], torch.nan)
-    spec = codecs.feature_spec(key, "float16", 6)
-    assert np.isfinite(encode(key, value, rows, spec)[""]).all()
+    spec = codecs.feature_spec(key, dtype, 6)
+    assert np.isfinite(codecs.decode(spec, encode(key, value, rows, spec))[""]).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from online.planner import TYPICAL, Plan, Units, cover, plan, uncovered
-from store.features import ITEM_BYTES, Dtype, FeatureKey
+from store.features import ITEM_BYTES, FeatureKey, StoreDtype
 from store.shape import Head, ModelShape, Wiring
 
 
@@ -23,7 +23,9 @@ POST = Wiring(attention_scale=(1.0, 1.0), head_activation="gelu")
 PRE = Wiring(norm="rms", attention_scale=(1.0, 1.0), rotary=True, head_norm="rms")
 
 
-def planned(*names: str, of: ModelShape | None = None, wiring: Wiring = POST, units: Units = TYPICAL, dtype: Dtype = "float32") -> Plan:
+def planned(
+    *names: str, of: ModelShape | None = None, wiring: Wiring = POST, units: Units = TYPICAL, dtype: StoreDtype = "float32"
+) -> Plan:
     return plan({FeatureKey.parse(name): dtype for name in names}, of or shape(), wiring, units)
 
 
@@ -157,7 +159,7 @@ def closure(keys: Iterable[str], rules: Rules) -> set[str]:
     return known
 
 
-def row_bytes(name: str, of: ModelShape, units: Units, dtype: Dtype) -> float:
+def row_bytes(name: str, of: ModelShape, units: Units, dtype: StoreDtype) -> float:
     key = FeatureKey.parse(name)
     count = 1 if key.per_row else units.tokens if key.positions == "all" else units.labelled
     if key.form:
@@ -165,7 +167,7 @@ def row_bytes(name: str, of: ModelShape, units: Units, dtype: Dtype) -> float:
     return count * of.width_of(key.site) * ITEM_BYTES[dtype]
 
 
-def brute_force(wanted: set[str], rules: Rules, of: ModelShape, units: Units, dtype: Dtype) -> float:
+def brute_force(wanted: set[str], rules: Rules, of: ModelShape, units: Units, dtype: StoreDtype) -> float:
     storable = sorted(
         {key for key, _ in rules if "attention" not in key} | {key for _, sources in rules for key in sources if "attention" not in key}
     )
@@ -174,10 +176,10 @@ def brute_force(wanted: set[str], rules: Rules, of: ModelShape, units: Units, dt
 
 
 UNITS = st.builds(Units, tokens=st.integers(2, 300).map(float), labelled=st.floats(0.1, 2.0))
-DTYPES: st.SearchStrategy[Dtype] = st.sampled_from(["float32", "float16"])
+DTYPES: st.SearchStrategy[StoreDtype] = st.sampled_from(["float32", "float16"])
 
 
-def check(wanted: set[str], rules: Rules, of: ModelShape, wiring: Wiring, units: Units, dtype: Dtype) -> None:
+def check(wanted: set[str], rules: Rules, of: ModelShape, wiring: Wiring, units: Units, dtype: StoreDtype) -> None:
     found = planned(*wanted, of=of, wiring=wiring, units=units, dtype=dtype)
     kept = {str(key) for key in found.stored}
     assert wanted <= closure(kept, rules)
@@ -191,7 +193,7 @@ def check(wanted: set[str], rules: Rules, of: ModelShape, wiring: Wiring, units:
     data=st.data(), pre_norm=st.booleans(), heads=st.sampled_from([6, 12, 24]), kv_heads=st.sampled_from([2, 6]), units=UNITS, dtype=DTYPES
 )
 def test_no_subset_of_a_block_is_cheaper(
-    data: st.DataObject, pre_norm: bool, heads: int, kv_heads: int, units: Units, dtype: Dtype
+    data: st.DataObject, pre_norm: bool, heads: int, kv_heads: int, units: Units, dtype: StoreDtype
 ) -> None:
     rules = block_rules(pre_norm)
     wanted = data.draw(st.sets(st.sampled_from(sorted(closure(["hidden.0@all"], rules))), min_size=1, max_size=4))
@@ -200,7 +202,26 @@ def test_no_subset_of_a_block_is_cheaper(
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), transform=st.booleans(), units=UNITS, dtype=DTYPES)
-def test_no_subset_of_the_head_is_cheaper(data: st.DataObject, transform: bool, units: Units, dtype: Dtype) -> None:
+def test_no_subset_of_the_head_is_cheaper(data: st.DataObject, transform: bool, units: Units, dtype: StoreDtype) -> None:
     rules = head_rules(transform)
     wanted = data.draw(st.sets(st.sampled_from(sorted(closure(["hidden.2@all"], rules))), min_size=1, max_size=4))
     check(wanted, rules, shape(), POST if transform else Wiring(attention_scale=(1.0, 1.0)), units, dtype)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("int8", "int8", "int8"),
+        ("int8", "bfloat16", "bfloat16"),
+        ("float16", "float8", "float16"),
+        ("int8", "float8", "bfloat16"),
+        ("bfloat16", "float16", "float32"),
+        ("float8", "float32", "float32"),
+    ],
+)
+def test_a_key_that_is_wanted_in_two_types_is_kept_in_the_smallest_that_is_as_exact(
+    one: StoreDtype, other: StoreDtype, both: StoreDtype
+) -> None:
+    scores, value = FeatureKey("attention_scores", 2), FeatureKey("value", 2)
+    for requests in ({scores: one, value: other}, {scores: other, value: one}):
+        assert plan(requests, shape(), POST).stored == {FeatureKey("input", 2): both}
