@@ -5,62 +5,59 @@ any number of loader processes gives the same items. Loader processes read rows 
 answer in the training process.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from online.batch import Batch
 from online.collate import collate
 from online.teacher import Fetched, LiveTeacher, Teacher
+from store import order
 from store.errors import StoreError
-from store.features import FeatureKey
-from store.order import Order, source_of
-from store.reader import Store
+from store.filters import Where
+from store.order import Order, Shuffle
+from store.pool import pools
+from store.reader import Allocate, Store
+from student_train.micro_batch import MicroBatch
+from student_train.recipe import DataSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one split of a store, and who answers for them."""
+    """Rows of one split of a store, and who answers for them. The other fields are those of a recipe's data."""
 
     store: Store
     teacher: Teacher | None
     """None: rows without features, from which only methods without a teacher learn."""
     split: str | None = "train"
     weight: float = 1.0
-    """How often its rows come by in an epoch."""
+    pass_name: str | None = None
+    """Whose answers ``where`` is about."""
+    where: Where | None = None
+    shuffle: Shuffle = "random"
+    window: int | None = None
+    by_length: int | None = None
 
+    @classmethod
+    def of(cls, data: DataSpec, store: Store, teacher: Teacher | None) -> Self:
+        """The rows that ``data`` names."""
+        return cls(store, teacher, data.split, data.weight, data.pass_name, data.where, data.shuffle, data.window, data.by_length)
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one source with the stored arrays of their features."""
+    def ordered(self) -> order.Source:
+        """Its rows as an order draws from them; looks at all of them.
 
-    source: int
-    """Number of the source in ``MicroBatches.sources``."""
-    taught: bool
-    """Whether the source has a teacher."""
-    batch: Batch
-    arrays: dict[FeatureKey, dict[str, Tensor]]
-    """``fetched`` as tensors, which travel between processes in shared memory."""
-
-    @property
-    def fetched(self) -> Fetched:
-        """The same arrays as ``Teacher.features`` takes them."""
-        return {key: {name: array.numpy() for name, array in arrays.items()} for key, arrays in self.arrays.items()}
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same rows on ``device``; the arrays stay, the teacher moves what it needs."""
-        return replace(self, batch=self.batch.to(device))
-
-    def pin_memory(self) -> "MicroBatch":
-        """The same in page-locked memory; a data loader calls it."""
-        values = {name: value.pin_memory() for name, value in vars(self.batch).items() if value is not None}
-        batch = replace(self.batch, **values)
-        arrays = {key: {name: array.pin_memory() for name, array in value.items()} for key, value in self.arrays.items()}
-        return replace(self, batch=batch, arrays=arrays)
+        Raises:
+            ValueError: none meets ``where``.
+        """
+        copies = pools(self.store, self.split, self.where, self.pass_name)
+        if self.where is not None:
+            _log.info("%s: where leaves %s rows of split %s", self.store.where, f"{sum(pool.rows for pool in copies):,}", self.split)
+        return order.Source(copies, self.weight, self.shuffle, self.window or order.WINDOW, self.by_length)
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        ordered = tuple(source_of(source.store.rows, source.split, source.weight) for source in sources)
-        group = max(1, *(round(len(units.rows) / len(units)) for source in ordered for units in source.copies))
+        ordered = tuple(source.ordered() for source in sources)
+        group = max(1, *(round(sum(pool.rows for pool in source.copies) / source.sizes.sum()) for source in ordered))
         parts = world * accumulation
         if batch_rows % (group * parts):
             shares = " x ".join(
@@ -117,9 +114,14 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         try:
             number, rows = self.order.part(step, rank, world, slot, accumulation)
             source = self.sources[number]
-            fetched = {} if source.teacher is None else source.teacher.fetch(rows)
-            arrays = {key: {name: torch.from_numpy(array) for name, array in value.items()} for key, value in fetched.items()}
-            return MicroBatch(number, self.taught[number], collate(source.store, rows), arrays)
+            batch = collate(source.store, rows)
+            if get_worker_info() is None:
+                return MicroBatch(number, self.taught[number], batch, {} if source.teacher is None else source.teacher.fetch(rows))
+
+            def fetch(allocate: Allocate) -> Fetched:
+                return {} if source.teacher is None else source.teacher.fetch(rows, allocate)
+
+            return MicroBatch.lent(number, self.taught[number], batch, fetch)
         except (StoreError, ValueError) as error:
             return Failed(error)
 

@@ -16,6 +16,8 @@ from online.capture import Capture
 from online.collate import collate
 from online.models import forward
 from online.teacher import Teacher
+from store.filters import Where
+from store.pool import pools
 from store.reader import Store
 from student_train.bundle import Bundle
 from student_train.metrics import COLUMNS, METRICS, student_keys
@@ -38,13 +40,19 @@ class HeldOut:
     """In front of the names of its scores."""
 
 
-def held_out_rows(store: Store, split: str, limit: int | None) -> NDArray[np.int64]:
+def held_out_rows(
+    store: Store, split: str, limit: int | None, where: Where | None = None, pass_name: str | None = None
+) -> NDArray[np.int64]:
     """Rows of ``split`` in their order, at most ``limit`` (a group is never cut: the last one may go over it).
 
+    Args:
+        where: Only those that meet it; ``pass_name`` is the teacher that it is about.
+
     Raises:
-        ValueError: the split is unknown or empty.
+        ValueError: the split is unknown or empty, or none of its rows meets ``where``.
     """
-    rows = store.rows.select(split, copy=0)
+    pool = pools(store, split, where, pass_name)[0]
+    rows = pool.take(np.arange(len(pool) if limit is None else min(limit, len(pool))))
     if not len(rows):
         raise ValueError(f"{store.path}: split {split!r} has no rows to measure on")
     if limit is not None and limit < len(rows):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
-from store import layout
 from store.errors import FingerprintMismatch, MissingFeature, StoreError
 from store.features import FeatureKey
 from store.manifest import Manifest, RowsInfo, Task, read_manifest
 from store.shape import Head, ModelShape
+from store.shipped import shipped
 from store.strict import did_you_mean
 from student_train.blocks import Source
 from student_train.init import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
@@ -108,12 +108,16 @@ def folder_head(folder: Path) -> Head:
 
 
 def score_names(phase: PhaseSpec) -> dict[DataSpec, str]:
-    """What stands in front of the scores of each evaluated split: nothing where there is one, else its name and a slash."""
+    """What stands in front of the scores of each evaluated split: nothing where there is one, else what tells it apart and a slash."""
     if len(phase.evaluate) == 1:
         return {phase.evaluate[0]: ""}
     splits = [data.split for data in phase.evaluate]
-    short = len(set(splits)) == len(splits)
-    return {data: f"{data.split}/" if short else f"{data.store.name}.{data.split}/" for data in phase.evaluate}
+    if len(set(splits)) == len(splits):
+        return {data: f"{data.split}/" for data in phase.evaluate}
+    names = [f"{data.store.name}.{data.split}" for data in phase.evaluate]
+    if len(set(names)) == len(names):
+        return {data: f"{name}/" for data, name in zip(phase.evaluate, names, strict=True)}
+    return {data: f"{name}.{number}/" for number, (data, name) in enumerate(zip(phase.evaluate, names, strict=True), 1)}
 
 
 def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
@@ -152,8 +156,8 @@ def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
         if data.pass_name is None:
             continue
         manifest = _manifest(data.store, teacher)
-        if manifest is not None and data.pass_name in manifest.passes:
-            return Source(layout.model(data.store, data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
+        if manifest is not None and data.pass_name in manifest.passes and not manifest.passes[data.pass_name].imported:
+            return Source(shipped(data.store, data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
     if teacher is not None:
         return Source(teacher, folder_head(teacher))
     raise ValueError("student: layers and random need a source: give student.source, or data with a pass_name")

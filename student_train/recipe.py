@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from online.models import ModelSpec
+from store.filters import Where
+from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
 
@@ -20,6 +22,24 @@ class DataSpec(Strict):
     """How often its rows come by in an epoch."""
     pass_name: str | None = None
     """Teacher pass to learn from; None where the store has no pass, or the phase no teacher."""
+    where: Where | None = None
+    """Take only the rows that meet these conditions."""
+    shuffle: Shuffle = "random"
+    """How training mixes the rows, anew each epoch: ``random`` all of them; ``block`` the slots of the store, and then the rows of
+    ``window`` slots at a time, so that remote or spinning storage is read in long stretches."""
+    window: int | None = Field(default=None, ge=1)
+    """Slots that ``block`` mixes at a time; 16 by default."""
+    by_length: int | None = Field(default=None, ge=1)
+    """Put rows of like length into a step, which saves padding: the rows of so many steps are sorted by length, and the steps mixed again;
+    50 to 100 do well. With a store of billions of rows, take shuffle: block, or each step looks up lengths all over it."""
+
+    @model_validator(mode="after")
+    def _consistent_rows(self) -> "DataSpec":
+        if self.window is not None and self.shuffle != "block":
+            raise ValueError("window goes with shuffle: block")
+        if self.where is not None and self.pass_name is None and (self.where.entropy or self.where.confidence):
+            raise ValueError("where: entropy and confidence are those of a teacher: give its pass_name")
+        return self
 
 
 class StudentSpec(Strict):
@@ -104,6 +124,8 @@ class PhaseSpec(Strict):
     def _consistent(self) -> "PhaseSpec":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"phase {self.name!r}: expected one of steps and epochs; given: {'none' if self.steps is None else 'both'}")
+        if any((data.shuffle, data.by_length) != ("random", None) for data in self.evaluate):
+            raise ValueError(f"phase {self.name!r}: evaluate reads rows in their order: leave out shuffle, window and by_length there")
         if self.metrics and not self.evaluate:
             raise ValueError(f"phase {self.name!r}: metrics need data to measure on: give evaluate")
         if self.best is not None and not self.evaluate:

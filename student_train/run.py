@@ -124,7 +124,10 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
-        micro_batches([Source(Store.open(data.store), None, data.split, data.weight) for data in phase.data], phase, recipe.seed)
+        micro_batches([Source.of(data, Store.open(data.store), None) for data in phase.data], phase, recipe.seed)
+        for data in phase.evaluate:
+            if data.where is not None:
+                held_out_rows(Store.open(data.store), data.split, phase.evaluate_rows, data.where, data.pass_name)
         for place, keys in one.passes.items():
             wanted[place] = wanted.get(place, frozenset()) | keys
         if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
@@ -223,11 +226,11 @@ def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:
 
 def _source(one: Outline, data: DataSpec, store: Store) -> Source:
     teacher = StoredTeacher(store, data.pass_name, one.method_keys) if data in one.taught and data.pass_name is not None else None
-    return Source(store, teacher, data.split, data.weight)
+    return Source.of(data, store, teacher)
 
 
 def _held_out(one: Outline, data: DataSpec, store: Store) -> HeldOut:
-    rows = held_out_rows(store, data.split, one.phase.evaluate_rows)
+    rows = held_out_rows(store, data.split, one.phase.evaluate_rows, data.where, data.pass_name)
     keys = one.passes.get((data.store, data.pass_name or ""), frozenset())
     teacher = StoredTeacher(store, data.pass_name, keys) if data.pass_name is not None and keys else None
     return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data])

@@ -17,7 +17,7 @@ from online.teacher import Fetched
 from store.errors import MissingFeature
 from store.features import FeatureKey
 from store.manifest import PassInfo
-from store.reader import Store
+from store.reader import Allocate, Store
 
 
 class StoredTeacher:
@@ -54,9 +54,10 @@ class StoredTeacher:
         """Without the weights: loader processes only fetch."""
         return {**self.__dict__, "_statics": {}}
 
-    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
-        """The packed arrays of ``rows`` that the wanted features follow from."""
-        return {key: self._store.read(key.of(self._pass_name), rows) for key in self._plan.stored}
+    def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
+        """The packed arrays of ``rows`` that the wanted features follow from, in one buffer (from ``allocate``)."""
+        read = self._store.read_all([key.of(self._pass_name) for key in self._plan.stored], rows, allocate)
+        return {key.of(""): arrays for key, arrays in read.items()}
 
     @torch.no_grad()
     def features(self, batch: Batch, fetched: Fetched) -> Features:

@@ -12,8 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from store import order
 from store.manifest import Json
-from student_train import checkpoint
+from store.publish import crc32c
+from student_train import checkpoint, lending
 from student_train.arguments import checkpoints_student, fixed_on_resume, training_arguments
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
@@ -97,6 +99,7 @@ def train(
         _run(trainer, resumed)
     finally:
         progress.close()
+        lending.forget()
     trainer.use_best_weights()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     bundle.eval()
@@ -144,7 +147,10 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
         "steps": data.steps,
         "batch_rows": phase.batch_rows,
         "accumulation": phase.accumulation,
-        "data": [_identity(source, spec.pass_name) for source, spec in zip(data.sources, phase.data, strict=True)],
+        "data": [
+            _identity(source, ordered, spec.pass_name)
+            for source, ordered, spec in zip(data.sources, data.order.sources, phase.data, strict=True)
+        ],
         "methods": [method.model_dump(mode="json") for method in phase.methods],
         "trainer": fixed_on_resume(phase.trainer),
     }
@@ -152,8 +158,17 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
     return plain
 
 
-def _identity(source: Source, pass_name: str | None) -> list[object]:
-    """What a source says, wherever its store lies."""
+def _identity(source: Source, ordered: order.Source, pass_name: str | None) -> dict[str, object]:
+    """What a source says and in which order, wherever its store lies."""
     manifest = source.store.manifest
-    teacher = manifest.passes[pass_name].teacher if source.teacher is not None and pass_name in manifest.passes else None
-    return [manifest.rows.corpus, manifest.rows.building, source.split, source.weight, teacher]
+    of_teacher = source.teacher is not None or source.where is not None
+    return {
+        "corpus": manifest.rows.corpus,
+        "building": manifest.rows.building,
+        "split": source.split,
+        "weight": source.weight,
+        "teacher": manifest.passes[pass_name].teacher if of_teacher and pass_name in manifest.passes else None,
+        "where": None if source.where is None else source.where.model_dump(mode="json", exclude_defaults=True),
+        "order": {"shuffle": source.shuffle, "window": source.window, "by_length": source.by_length},
+        "units": [crc32c(pool.counts.tobytes()) for pool in ordered.copies],
+    }

@@ -25,8 +25,9 @@ from store.manifest import Json
 from store.strict import did_you_mean
 from student_train import checkpoint
 from student_train.bundle import Bundle
-from student_train.data import Failed, MicroBatch, MicroBatches
+from student_train.data import Failed, MicroBatches
 from student_train.journal import Journal
+from student_train.micro_batch import MicroBatch
 from student_train.ranks import Ranks
 
 TRAINER_STATE = "trainer_state.json"

@@ -32,9 +32,7 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     """Whether it learns from a teacher; otherwise ``teacher`` may be None and the teacher's features empty."""
 
-    def __init__(
-        self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False
-    ) -> None:
+    def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False) -> None:
         super().__init__()
         self.student_keys = frozenset(student_keys)
         self.teacher_keys = frozenset(teacher_keys)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+from store.filters import Range, Where
 from student_train import checkpoint
 from student_train.bundle import Bundle
 from student_train.journal import Journal, read_journal
@@ -144,6 +145,12 @@ def test_a_finished_run_has_nothing_left_to_do(tiny: ModuleType, taught: Path, t
         ({"accumulation": 1}, "was made with accumulation 2, this run has 1"),
         ({"trainer": {"learning_rate": 0.1}}, r"was made with trainer .*0\.001.*this run has .*0\.1"),
         ({"methods": METHODS[:1]}, "was made with methods .*hid_seq"),
+        (
+            {"rows": {"where": Where(length=Range(max=12))}},
+            r"was made with data .*\"where\": null.*this run has .*\"length\": {\"max\": 12",
+        ),
+        ({"rows": {"shuffle": "block"}}, r"was made with data .*\"random\".*this run has .*\"block\""),
+        ({"rows": {"by_length": 2}}, r"was made with data .*\"by_length\": null.*this run has .*\"by_length\": 2"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from online.collate import collate
@@ -252,6 +253,33 @@ def test_one_process_at_a_time_writes_a_phase(sentiment: Path, tmp_path: Path) -
     (tmp_path / "out" / "run.json").write_text("{}")
     with locked(tmp_path / "out" / "phase1"), pytest.raises(ValueError, match="another student-train is training"):
         run(made, ["it"])
+
+
+def test_a_recipe_chooses_and_orders_its_rows(sentiment: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Store.open(sentiment).rows
+    data = {"store": str(sentiment), "pass_name": "tiny"}
+    where = {"length": {"max": 6}, "label": {"values": ["positive"]}, "source": ["train*"], "confidence": {"min": 0.01}}
+    dev = {**data, "split": "dev"}
+    phase = {
+        "methods": [{"name": "kd"}], "metrics": ["accuracy"], "batch_rows": 4,
+        "data": [{**data, "where": where, "shuffle": "block", "window": 1, "by_length": 2}],
+        "evaluate": [{**dev, "where": {"label": {"values": [number]}}} for number in (0, 1)],
+    }  # fmt: skip
+    made = recipe(tmp_path / "out", phase, store=sentiment)
+    assert parse(TrainRecipe, yaml.safe_load(recipe_yaml(made)), "again") == made
+    with caplog.at_level("INFO", "student_train"):
+        run(made, ["it"])
+    kept = [row for row in rows.select("train") if rows.columns.length[row] <= 6 and rows.label[row] == 1]
+    assert f"where leaves {len(kept)} rows of split train" in caplog.text
+    parts = [result(made)["after"][f"store.dev.{number}/accuracy"] for number in (1, 2)]
+    whole = recipe(tmp_path / "whole", {**phase, "evaluate": [dev]}, store=sentiment)
+    run(whole, ["it"])
+    sizes = [int((rows.label[rows.select("dev")] == number).sum()) for number in (0, 1)]
+    assert np.average(parts, weights=sizes) == pytest.approx(result(whole)["after"]["accuracy"])
+    (made.output / "phase1" / "result.json").unlink()
+    other = recipe(tmp_path / "out", {**phase, "data": [{**data, "where": where}]}, store=sentiment)
+    with pytest.raises(ValueError, match="data"):
+        run(other, ["it"])
 
 
 def test_held_out_rows_are_the_first_of_a_split_and_never_cut_a_group(tiny: ModuleType, tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def run(
     kill_at: int | None = None,
     evaluate: Evaluate | None = None,
     seed: int = 3,
+    rows: dict[str, Any] | None = None,
     **changes: object,
 ) -> tuple[Bundle, TrainResult]:
-    """Train a fresh two-layer student from ``stores``; those with a pass teach."""
+    """Train a fresh two-layer student from ``stores``; those with a pass teach. ``rows`` says which and in what order."""
     student = model(1, layers=2, width=16, dropout=dropout)
     opened = [Store.open(path) for path in stores]
     pass_names = ["bert" if "bert" in store.manifest.passes else None for store in opened]
@@ -169,7 +170,10 @@ def run(
         built.append((MethodSpec(name="bank", weight=0.1), Bank(16, kill_at)))
     bundle = Bundle(student, built)
     wanted = frozenset().union(*(method.teacher_keys for _, method in built))
-    sources = [Source(store, StoredTeacher(store, name, wanted) if name else None) for store, name in zip(opened, pass_names, strict=True)]
+    teachers = [StoredTeacher(store, name, wanted) if name else None for store, name in zip(opened, pass_names, strict=True)]
+    sources = [
+        Source(store, teacher, pass_name=name, **(rows or {})) for store, teacher, name in zip(opened, teachers, pass_names, strict=True)
+    ]
     plan = phase(pass_names, methods, **changes)
     return bundle, train(bundle, sources, plan, output, seed, None if evaluate is None else lambda: evaluate(bundle))
 
