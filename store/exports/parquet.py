@@ -46,7 +46,9 @@ def _write(store: Store, selection: Selection, rows: Ints, path: Path) -> None:
             table = _table(store, selection, some, about.slice(start, len(some)))
             start += len(some)
             if writer is None:
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=["split", "source"])
+                writer = pq.ParquetWriter(
+                    path, table.schema, compression="zstd", use_dictionary=["split", "source"], write_page_checksum=True
+                )
             writer.write_table(table)
     finally:
         if writer is not None:
@@ -73,7 +75,7 @@ def _table(store: Store, selection: Selection, rows: Ints, about: pa.Table) -> p
             stored = {array.name: array.dtype for array in spec.arrays}
             metadata = {"key": str(key), "array": name, "codec": spec.codec, "stored": json.dumps(stored), "error": repr(spec.error)}
             fields.append(pa.field(column_name(key, name), arrays[-1].type, metadata=metadata))
-    return pa.Table.from_arrays(arrays, pa.schema(fields, {"teachercache": _record(store, selection)}))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, {"teachercache": json.dumps(selection.record(store))}))
 
 
 def column_name(key: FeatureKey, array: str) -> str:
@@ -97,15 +99,3 @@ def _about(store: Store, rows: Ints) -> pa.Table:
     number = int(np.searchsorted(starts, rows[0], "right")) - 1  # a part ends with a slot
     part = store.rows.part(number, COLUMNS.names)
     return part.take(pa.array(rows - starts[number]))
-
-
-def _record(store: Store, selection: Selection) -> str:
-    """What the columns alone do not say, as JSON."""
-    rows, passes = store.manifest.rows, {key.pass_name for key in selection.keys}
-    of_rows = {"objective": rows.objective, "task": rows.task.model_dump(), "pad_id": rows.pad_id, "tokenizer": rows.tokenizer}
-    of_passes = {
-        name: info.model_dump(mode="json", include={"teacher", "model", "dtype", "shape"})
-        for name, info in store.manifest.passes.items()
-        if name in passes
-    }
-    return json.dumps({"rows": of_rows, "passes": of_passes})

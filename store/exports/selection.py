@@ -58,6 +58,15 @@ class Selection:
             "answers": digest.hexdigest(),
         }
 
+    def record(self, store: Store) -> dict[str, Json]:
+        """What the values alone do not say."""
+        rows = store.manifest.rows
+        passes = {key.pass_name: store.manifest.passes[key.pass_name] for key in self.keys}
+        return {
+            "rows": {"objective": rows.objective, "task": rows.task.model_dump(), "pad_id": rows.pad_id, "tokenizer": rows.tokenizer},
+            "passes": {name: info.model_dump(mode="json", include={"teacher", "model", "dtype", "shape"}) for name, info in passes.items()},
+        }
+
 
 def select(store: Store, passes: Sequence[str], features: Sequence[str], split: str | None, first: int, after: int | None) -> Selection:
     """What options ask for: all stored features of ``passes`` (of all passes where none is named), or only ``features``.

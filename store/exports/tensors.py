@@ -61,17 +61,9 @@ def _values(store: Store, key: FeatureKey, array: ArraySpec, rows: Ints) -> Call
 
 
 def _metadata(store: Store, selection: Selection) -> dict[str, str]:
-    rows, passes = store.manifest.rows, {key.pass_name for key in selection.keys}
-    of_rows = {"objective": rows.objective, "task": rows.task.model_dump(), "pad_id": rows.pad_id, "tokenizer": rows.tokenizer}
-    of_passes = {
-        name: info.model_dump(mode="json", include={"teacher", "model", "dtype", "shape"})
-        for name, info in store.manifest.passes.items()
-        if name in passes
-    }
     return {
         "format": "teachercache slot",
         "splits": json.dumps(store.rows.splits),
-        "rows": json.dumps(of_rows),
-        "passes": json.dumps(of_passes),
+        **{name: json.dumps(about) for name, about in selection.record(store).items()},
         "features": json.dumps({str(key): store.spec(key).model_dump(mode="json") for key in selection.keys}),
     }
