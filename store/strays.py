@@ -3,6 +3,7 @@
 Only names that a store gives out are looked at, so that a file that somebody put beside them is never touched.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -40,10 +41,13 @@ def strays(path: Path) -> list[Path]:
     manifest = read_manifest(path)
     committed = commits.replay(path, damaged=True)
     found = [*row_strays(path, manifest.rows), *_passes(path, manifest)]
+    groups = [path, path / "tokens", path / "static", path / "commits"]
     for name, info in manifest.passes.items():
         found += _features(path, name, info, committed.get(name, {}))
-        found += _others(layout.static(path, name, "x").parent, {static.name for static in info.statics})
-    return found
+        statics = layout.static(path, name, "x").parent
+        found += _others(statics, {static.name for static in info.statics})
+        groups += [path / layout.safe(name), statics, *(layout.static(path, name, static.name) for static in info.statics)]
+    return [*found, *(file for group in groups for file in _entries(layout.inside(path, group)) if _TEMPORARY.fullmatch(file.name))]
 
 
 def row_strays(path: Path, rows: RowsInfo) -> list[Path]:
@@ -60,19 +64,28 @@ def row_strays(path: Path, rows: RowsInfo) -> list[Path]:
 
 def remove(files: Collection[Path]) -> Freed:
     """Remove files and whole folders. What readers have open stays theirs until they close it."""
-    count, freed, shared = 0, 0, 0
+    done = Freed(0, 0, 0)
     for path in files:
-        for file in _tree(path):
-            about = file.lstat()
-            count += 1
-            if about.st_nlink > 1:
-                shared += about.st_blocks * 512
-            else:
-                freed += about.st_blocks * 512
+        done = Freed(*map(sum, zip(done, weigh([path]), strict=True)))
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    return done
+
+
+def weigh(files: Collection[Path]) -> Freed:
+    """What :func:`remove` would do."""
+    count, freed, shared = 0, 0, 0
+    for path in files:
+        for file in _tree(path):
+            with contextlib.suppress(FileNotFoundError):  # a writer has gone on meanwhile
+                about = file.lstat()
+                count += 1
+                if about.st_nlink > 1:
+                    shared += about.st_blocks * 512
+                else:
+                    freed += about.st_blocks * 512
     return Freed(count, freed, shared)
 
 
@@ -81,6 +94,7 @@ def _passes(path: Path, manifest: Manifest) -> Iterator[Path]:
     yield from (entry for entry in _entries(path) if layout.is_dropped(entry.name))
     for kind in ("static", "model"):
         yield from _others(layout.inside(path, path / kind), manifest.passes)
+    yield from (entry for entry in _others(layout.inside(path, path / "claims"), manifest.passes) if entry.is_dir())
 
 
 def _features(path: Path, name: str, info: PassInfo, committed: dict[int, Commit]) -> Iterator[Path]:
