@@ -63,7 +63,7 @@ def load_yaml(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     return parse(model, tree, str(path))
 
 
-def load_json(data: bytes) -> Any:
+def load_json(data: bytes) -> Any:  # noqa: ANN401
     """Plain data out of the bytes of a JSON text, which anyone may have written.
 
     Raises:

@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from store.manifest import PassInfo, Provenance, RowsInfo
+from store import layout
+from store.features import FeatureSpec
+from store.manifest import Manifest, PassInfo, Provenance, RowsInfo
 from store.reader import Store
+from store.remote import url_of
+from store.strays import strays, weigh
 from teacher_dump.figures import size, table
 from teacher_dump.records import describe_errors, read_errors
 
@@ -16,9 +20,12 @@ def status(path: Path) -> str:
         StoreError: there is no store.
     """
     store = Store.open(path)
-    lines = [str(path), *_rows(store.manifest.rows)]
+    lines = [str(store.where), *_rows(store.manifest.rows), *_history(store.manifest)]
     for name, info in store.manifest.passes.items():
         lines += ["", *_pass(store, name, info)]
+    if url_of(path) is None and (left := weigh(strays(path))).files:
+        mend = "`teacher-dump verify --repair` frees it where no dump is running"
+        lines += ["", f"not in use: {size(left.freed)} that killed commands or dropped features have left; {mend}"]
     if not store.manifest.passes:
         lines += ["no features: rows for a live teacher, or for `teacher-dump run` to add to"]
     return "\n".join(lines)
@@ -35,6 +42,17 @@ def _rows(rows: RowsInfo) -> Iterator[str]:
     classes = f" of {', '.join(rows.task.classes)}" if rows.task.classes else ""
     copies = f", {rows.copies} maskings" if rows.copies > 1 else ""
     yield f"rows: {describe_rows(rows)}; {rows.objective} objective{copies}, {task}{classes}"
+    taken = dict.fromkeys(origin.taken for origin in rows.origins if origin.taken)
+    if len(rows.origins) > 1 or taken:
+        some = f", of which only some were taken: {'; '.join(taken)}" if taken else ""
+        yield f"  built from {len(rows.origins):,} {'corpus' if len(rows.origins) == 1 else 'corpora'}{some}"
+
+
+def _history(manifest: Manifest) -> Iterator[str]:
+    """What was done to the store as a whole since its first rows were built."""
+    if manifest.history:
+        made = [*manifest.history, manifest.made]
+        yield f"  made by {len(made):,} commands, the last at {manifest.made.created}: `{' '.join(manifest.made.command)}`"
 
 
 def _pass(store: Store, name: str, info: PassInfo) -> Iterator[str]:
@@ -47,18 +65,28 @@ def _pass(store: Store, name: str, info: PassInfo) -> Iterator[str]:
     shape = info.shape
     yield f"  teacher: {info.model}, run in {info.dtype}; {shape.family}, head {shape.head}, {shape.layers} blocks of width {shape.width}"
     yield f"  made: {_made(info.made)}"
-    yield f"  blocks to start students from: {'shipped' if info.shipped else 'not shipped (configuration and tokenizer are)'}"
+    missing = "none, the answers were imported" if info.imported else "not shipped (configuration and tokenizer are)"
+    yield f"  blocks to start students from: {'shipped' if info.shipped else missing}"
     yield "  stored:"
     lines = []
     for spec in info.features:
-        types = " + ".join(dict.fromkeys(array.dtype for array in spec.arrays))
         unit = "row" if spec.feature.per_row else "token" if spec.feature.positions == "all" else "labelled token"
-        lines.append((f"  {spec.key}", types, f"{spec.unit_bytes:,} B a {unit}"))
+        names = [layout.array_name(spec.feature, array.name) for array in spec.arrays]
+        files = sum(seal.size for commit in commits.values() for name, seal in commit.files.items() if name in names)
+        units = int(store.rows.slot_units(spec.feature.positions)[sorted(commits)].sum())
+        now = f", {files / units:,.0f} B with compression" if spec.compressed and units else ""
+        lines.append((f"  {spec.key}", _types(spec), f"{spec.unit_bytes:,} B a {unit}{now}"))
     yield table(lines)
     derived = [key for key in info.requested if key not in {spec.key for spec in info.features}]
     if derived:
         yield f"  derived when read: {', '.join(derived)}"
     yield from (f"  {line}" for line in describe_errors(read_errors(store.path, name)))
+
+
+def _types(spec: FeatureSpec) -> str:
+    """The types of its arrays, and what was done to them."""
+    types = [f"{array.dtype} of {array.keep_bits} bits" if array.keep_bits else array.dtype for array in spec.arrays]
+    return " + ".join(dict.fromkeys(types)) + (", zstd" if spec.compressed else "")
 
 
 def _made(made: Provenance) -> str:

@@ -1,52 +1,72 @@
 """Is a store whole, and if not, what mends it."""
 
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from store import layout
-from store.manifest import Manifest, read_manifest
+from store.manifest import read_manifest
 from store.reader import Store
-from store.verify import Problem
+from store.shipped import shipped_problem
+from store.strays import Freed
+from store.verify import Problem, Progress, Repaired
 from store.verify import repair as repair_store
 from store.verify import verify as verify_store
 from teacher_dump.figures import size
 from teacher_dump.records import describe_errors, read_errors
 
 
-def verify(path: Path, repair: bool) -> tuple[bool, str]:
-    """Read every committed byte of the store in folder ``path`` again; whether nothing is left to mend, and a report.
+def verify(path: Path, repair: bool, full: bool = True) -> tuple[bool, str]:
+    """Look at every committed file of the store in folder ``path`` again; whether nothing is left to mend, and a report.
 
     Args:
-        repair: take damaged shards back, so that the next dump makes them again.
+        repair: Take damaged shards back, so that the next dump makes them again, and remove what nothing refers to.
+        full: Read every byte, and not only what says what a file is.
 
     Raises:
         StoreError: there is no store, or another process writes to it.
     """
-    found = [*verify_store(path), *_models(path, read_manifest(path))]
-    if not found:
-        return True, "\n".join([f"{path} is whole", *_read(path)])
-    mended = [problem for problem in found if problem.repairs] if repair else []
-    left = [problem for problem in found if problem not in mended]
-    lines = [f"{path} is damaged: {len(found):,} files"]
-    if mended:
-        repair_store(path)
-        shards = sorted({(problem.pass_name, problem.shard) for problem in mended if problem.pass_name})
-        lines += [f"  taken back: {problem.file}: {problem.what}" for problem in mended]
-        lines += [f"{len(shards):,} shards will be made again by the `teacher-dump run` that made them" if shards else "mended"]
-    lines += [f"  {problem}" for problem in left]
-    return not left, "\n".join(lines)
+    with _bar() as progress:
+        done = repair_store(path, full, progress) if repair else Repaired([], verify_store(path, full, progress), 0, Freed(0, 0, 0))
+    done = done._replace(left=[*done.left, *_models(path)])
+    found = len(done.mended) + len(done.left)
+    how = "" if full else ", as far as sizes and indexes tell (every byte is read without --fast)"
+    lines = [f"{path} is damaged: {found:,} files"] if found else [f"{path} is whole{how}", *_read(path)]
+    lines += [f"  taken back: {problem.file}: {problem.what}" for problem in done.mended]
+    if done.mended:
+        again = f"{done.dropped:,} shards will be made again by the `teacher-dump run` that made them"
+        lines.append(again if done.dropped else "mended")
+    lines += [f"  {problem}" for problem in done.left]
+    if done.freed.files:
+        shared = f"; {size(done.freed.shared)} stay, other stores have the same files" if done.freed.shared else ""
+        lines.append(f"freed {size(done.freed.freed)}: {done.freed.files:,} files that nothing refers to{shared}")
+    return not done.left, "\n".join(lines)
 
 
-def _models(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    for name in manifest.passes:
-        folder = layout.model(path, name)
-        if not (folder / "config.json").is_file():
+def _models(path: Path) -> Iterator[Problem]:
+    for name, info in read_manifest(path).passes.items():
+        if what := shipped_problem(path, name, configured=not info.imported):
             mend = "remove the folder, if there is one, and start the dump again: it ships it anew"
-            yield Problem(folder, "the teacher's configuration and tokenizer are missing", mend, pass_name=name)
+            yield Problem(layout.model(path, name), what, mend, pass_name=name)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress bar for what takes longer than a few seconds."""
+    with tqdm(desc="verify", unit="B", unit_scale=True, delay=3, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        yield progress
 
 
 def _read(path: Path) -> Iterator[str]:
-    """What was read and found as committed."""
+    """What was looked at and found as committed."""
     store = Store.open(path)
     yield f"  rows: {store.manifest.rows.rows:,} in {store.manifest.rows.slots:,} shards"
     for name in store.manifest.passes:
