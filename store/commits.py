@@ -1,63 +1,120 @@
 """The commit logs: the only record of which (shard, pass) is stored.
 
-``commits/<writer>.log`` is only ever appended to. A line is eight hexadecimal digits, the crc32c of the rest, a space,
-and a JSON object: ``{"pass", "shard", "files": {array: [bytes, crc32c]}}`` commits a shard, ``{"pass", "shard",
-"drop": true}`` takes it back. A shard is committed where a log's last word on it is a commit.
+``commits/<writer>.log`` is only ever appended to (store.lines says what a line is). In each log the last word on a shard
+counts, and a shard is committed where any log's is a commit. Many lines make opening slow, so that now and then what they
+say goes into ``commits/table.log``: putting the table in its place begins a generation with logs of its own,
+``commits/<writer>.<generation>.log``, and those of the last one no longer count. A drop in a log takes back what the table says.
 """
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
-from store import layout
-from store.errors import CorruptShard, StoreBusy, StoreError
-from store.publish import crc32c, replace, sync_folder
+from store import layout, lines
+from store.errors import CorruptShard, StoreError
+from store.lines import Commit as Commit
+from store.locks import exclusive as exclusive
+from store.plain import open_plain
+from store.publish import replace, sync_folder
 from store.shards import Seal
 
 
-@dataclass(frozen=True)
-class Commit:
-    """One shard of one pass, and what each of its files must be."""
+class Logs:
+    """What all logs of a store say, read on where it stopped.
 
-    pass_name: str
-    shard: int
-    files: dict[str, Seal]
-    """Array (store.layout.array_name) -> length and checksum of the shard's file."""
-    writer: int = 0
-    """Whose log says so."""
-
-
-@contextlib.contextmanager
-def locked(store: Path, writer: int = 0) -> Iterator[None]:
-    """Hold the place of ``writer``; the lock goes with the process, however it ends.
-
-    Raises:
-        StoreBusy: another process holds it.
+    Raises CorruptShard where a line other than a torn last one is damaged, unless ``damaged`` says to pass over such lines.
     """
-    path = layout.lock(store, writer)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise StoreError(f"cannot write to {store}: {error.strerror}; check its rights") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreBusy(f"another process is writing to {store}; wait for it to end, or stop it, and start again") from None
-        yield
+
+    def __init__(self, store: Path, damaged: bool = False) -> None:
+        self.store = store
+        self.committed: dict[str, dict[int, Commit]] = {}
+        """Pass -> shard -> commit."""
+        self.generation = 0
+        self._damaged = damaged
+        self._table: _State | None = None
+        self._words: list[dict[tuple[str, int], Commit]] = []
+        self._read: list[_State] = []
+        self._begin()
+        self.refresh()
+
+    @property
+    def spoken(self) -> int:
+        """Of how many shards the logs speak; those that are in the table alone are left out."""
+        return sum(len(words) for words in self._words)
+
+    def refresh(self) -> None:
+        """Hear what was committed since."""
+        while not self._read_on():
+            self._begin()
+
+    def _begin(self) -> None:
+        """Start over with the table as it stands."""
+        path = layout.commit_table(self.store)
+        layout.inside(self.store, path.parent)
+        self._table = _state(path)
+        self.generation, commits, whole = lines.read_table(self.store)
+        if not (whole or self._damaged):
+            raise _damage(self.store, path, "lines are missing or fail their checksum")
+        self._words, self._read, self.committed = [], [], {}
+        for commit in commits:
+            self.committed.setdefault(commit.pass_name, {})[commit.shard] = commit
+
+    def _read_on(self) -> bool:
+        """Read what logs have grown by; whether table and logs are still the files that they were."""
+        for writer in count():
+            path = layout.log(self.store, writer, self.generation)
+            state = _state(path)
+            if state is None:
+                break
+            if writer == len(self._read):
+                self._read.append(state._replace(size=0))
+                self._words.append({})
+            known = self._read[writer]
+            if state.inode != known.inode or state.size < known.size:
+                return False
+            if state.size > known.size:
+                self._read[writer] = known._replace(size=known.size + self._hear(path, writer, known.size))
+        return _state(layout.commit_table(self.store)) == self._table
+
+    def _hear(self, path: Path, writer: int, start: int) -> int:
+        """Take in the lines of a log from byte ``start`` on; how many bytes need not be looked at again."""
+        heard = 0
+        found = lines.read_lines(path, start)
+        for number, line in enumerate(found):
+            said = lines.commits_of(line, writer)
+            if said is None:
+                if number == len(found) - 1:
+                    break  # torn, or still being written
+                if not self._damaged:
+                    before = len(lines.read_lines(path)) - len(found)
+                    raise _damage(self.store, path, f"line {before + number + 1} fails its checksum")
+            for commit in said or ():
+                self._words[writer][commit.pass_name, commit.shard] = commit
+                self._resolve(commit.pass_name, commit.shard)
+            heard += len(line)
+        return heard
+
+    def _resolve(self, pass_name: str, shard: int) -> None:
+        """Decide on a shard of which a log speaks."""
+        said = (words.get((pass_name, shard)) for words in self._words)
+        standing = next((commit for commit in said if commit and commit.files), None)
+        shards = self.committed.setdefault(pass_name, {})
+        if standing:
+            shards[shard] = standing
+        else:
+            shards.pop(shard, None)
 
 
-def exclusive(store: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the whole store, to change what others only add to (manifest, drops, repairs); raises StoreBusy while anyone writes."""
-    return locked(store)
+class _State(NamedTuple):
+    """Which file lies in a place, and how far it is known."""
+
+    inode: tuple[int, int]
+    size: int
 
 
 def replay(store: Path, damaged: bool = False) -> dict[str, dict[int, Commit]]:
@@ -66,92 +123,117 @@ def replay(store: Path, damaged: bool = False) -> dict[str, dict[int, Commit]]:
     Raises:
         CorruptShard: a line other than a torn last one is damaged, and ``damaged`` does not say to pass over it.
     """
-    committed: dict[str, dict[int, Commit]] = {}
-    for writer in writers(store):
-        own: dict[tuple[str, int], Commit] = {}
-        lines = _lines(layout.log(store, writer), writer)
-        for number, (_, commit) in enumerate(lines):
-            if commit is None:
-                if number < len(lines) - 1 and not damaged:
-                    command = f"teacher-dump verify --repair {store}"
-                    raise CorruptShard(f"{layout.log(store, writer)}: line {number + 1} fails its checksum; mend it with: {command}")
-            elif commit.files:
-                own[commit.pass_name, commit.shard] = commit
-            else:
-                own.pop((commit.pass_name, commit.shard), None)
-        for (pass_name, shard), commit in own.items():
-            committed.setdefault(pass_name, {}).setdefault(shard, commit)
-    return committed
+    return Logs(store, damaged).committed
 
 
-def writers(store: Path) -> Iterator[int]:
-    """Numbers of the writers that have a log."""
-    return takewhile(lambda writer: layout.log(store, writer).exists(), count())
+def append(store: Path, pass_name: str, shard: int, files: dict[str, Seal], writer: int = 0, generation: int | None = None) -> None:
+    """Commit a shard, durably. The caller holds the writer's place, or the whole store.
 
-
-def append(store: Path, pass_name: str, shard: int, files: dict[str, Seal], writer: int = 0) -> None:
-    """Commit a shard, durably. The caller holds the writer's lock and has trimmed its log."""
-    _append(store, {"pass": pass_name, "shard": shard, "files": {name: list(seal) for name, seal in files.items()}}, writer)
+    Args:
+        generation: That of the store, where the caller knows it.
+    """
+    _append(store, Commit(pass_name, shard, files, writer), lines.generation(store) if generation is None else generation)
 
 
 def drop(store: Path, commit: Commit) -> None:
-    """Take ``commit`` back, durably, in the log that holds it. The caller holds that writer's lock and has trimmed its log."""
-    _append(store, {"pass": commit.pass_name, "shard": commit.shard, "drop": True}, commit.writer)
+    """Take ``commit`` back, durably, in the log that holds it. The caller holds the whole store."""
+    _append(store, Commit(commit.pass_name, commit.shard, {}, commit.writer), lines.generation(store))
 
 
-def _append(store: Path, record: dict[str, object], writer: int) -> None:
-    text = json.dumps(record).encode()
-    line = b"%08x %s\n" % (crc32c(text), text)
-    path = layout.log(store, writer)
-    fresh = not path.exists()
+def write(store: Path, committed: Iterable[Commit]) -> None:
+    """Make ``committed`` all that is committed, in one durable step: a new generation. The caller holds the whole store."""
+    generation = lines.generation(store)
+    _sweep(store, generation)
+    layout.commit_table(store).parent.mkdir(exist_ok=True)
+    replace(layout.commit_table(store), lines.table_bytes(generation + 1, committed))
+    _sweep(store, generation + 1)
+
+
+def compact(store: Path, least: int = 1) -> bool:
+    """Put what the logs say into the table, unless they speak of fewer than ``least`` shards; whether it was done.
+
+    Raises:
+        StoreBusy: another process writes to the store.
+    """
+    with exclusive(store, brief=True):
+        logs = Logs(store)
+        if logs.spoken < least:
+            _sweep(store, logs.generation)
+            return False
+        write(store, [commit for shards in logs.committed.values() for commit in shards.values()])
+        return True
+
+
+def trim(store: Path, writer: int = 0) -> None:
+    """Cut off a last line that a kill has torn. The caller holds the writer's place, or the whole store, and appends next."""
+    _trim(layout.log(store, writer, lines.generation(store)))
+
+
+def damage(store: Path) -> dict[Path, str]:
+    """Table and logs that have lines, other than a torn last one, that cannot be believed -> what is wrong."""
+    table = lines.read_table(store)
+    found = {} if table.whole else {layout.commit_table(store): "lines are missing or fail their checksum"}
+    paths = (layout.log(store, writer, table.generation) for writer in count())
+    for path in takewhile(Path.exists, paths):
+        if lost := sum(lines.commits_of(line) is None for line in lines.read_lines(path)[:-1]):
+            found[path] = f"{lost} lines fail their checksum"
+    return found
+
+
+def salvage(store: Path) -> None:
+    """Keep only what whole lines say, if any are damaged; the rest will be made again. The caller holds the whole store."""
+    if damage(store):
+        write(store, [commit for shards in replay(store, damaged=True).values() for commit in shards.values()])
+
+
+def _append(store: Path, commit: Commit, generation: int) -> None:
+    path, line = layout.log(store, commit.writer, generation), lines.commit_line(commit)
     try:
-        with path.open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        if fresh:
+        if not path.exists():
+            for writer in range(commit.writer + 1):  # readers look for logs until a number is absent
+                os.close(open_plain(layout.log(store, writer, generation), os.O_WRONLY | os.O_CREAT))
             sync_folder(path.parent)
+        handle = open_plain(path, os.O_RDWR | os.O_APPEND)
+        try:
+            if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
+                _trim(path)
+            if os.write(handle, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
-        trim(store, writer)
+        with contextlib.suppress(OSError):
+            _trim(path)
         raise StoreError(
             f"cannot write {path}: {error.strerror}; make room or rights and start again, what is committed is kept"
         ) from error
 
 
-def trim(store: Path, writer: int = 0) -> None:
-    """Cut off a last line that a kill has torn. The caller holds the writer's lock and appends next."""
-    path = layout.log(store, writer)
-    lines = _lines(path, writer)
-    if lines and lines[-1][1] is None:
+def _sweep(store: Path, generation: int) -> None:
+    """Remove logs of other generations: of the last one, or of a table that was lost."""
+    for path, number in lines.logs(store):
+        if number != generation:
+            path.unlink()
+
+
+def _trim(path: Path) -> None:
+    found = lines.read_lines(path)
+    if found and lines.commits_of(found[-1]) is None:
         with path.open("rb+") as file:
-            file.truncate(sum(len(line) for line, _ in lines[:-1]))
+            file.truncate(sum(map(len, found[:-1])))
             os.fsync(file.fileno())
 
 
-def damaged_lines(store: Path, writer: int = 0) -> int:
-    """How many lines of a log fail their checksum, a torn last one left out."""
-    return sum(commit is None for _, commit in _lines(layout.log(store, writer), writer)[:-1])
-
-
-def salvage(store: Path, writer: int = 0) -> None:
-    """Keep only the whole lines of a log; what the others committed will be made again. The caller holds the writer's lock."""
-    path = layout.log(store, writer)
-    replace(path, b"".join(line for line, commit in _lines(path, writer) if commit), writer)
-
-
-def _lines(path: Path, writer: int) -> list[tuple[bytes, Commit | None]]:
-    """Each line of a log as it stands, and the commit it holds (without files where it takes one back), None where damaged."""
-    lines = re.findall(rb"[^\n]*\n|[^\n]+", path.read_bytes()) if path.exists() else []
-    return [(line, _commit(line, writer)) for line in lines]
-
-
-def _commit(line: bytes, writer: int) -> Commit | None:
-    digits, _, text = line.removesuffix(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or digits != b"%08x" % crc32c(text):
-        return None
+def _state(path: Path) -> _State | None:
     try:
-        record = json.loads(text)
-        files = {} if record.get("drop") else {str(name): Seal(int(size), int(crc)) for name, (size, crc) in record["files"].items()}
-        return Commit(str(record["pass"]), int(record["shard"]), files, writer)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        about = path.lstat()
+    except FileNotFoundError:
         return None
+    if not stat.S_ISREG(about.st_mode):
+        lines.read_lines(path)  # raises: it is no log
+    return _State((about.st_dev, about.st_ino), about.st_size)
+
+
+def _damage(store: Path, path: Path, what: str) -> CorruptShard:
+    return CorruptShard(f"{path}: {what}; mend it with: teacher-dump verify --repair {store}")

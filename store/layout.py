@@ -8,14 +8,15 @@ from pathlib import Path
 
 from store.errors import StoreError
 from store.features import FeatureKey
+from store.strict import brief
 
 MANIFEST = "manifest.json"
 BUILDING = ".building"
 """Present while a store is built; with no manifest beside it, the build was cut short and the next one starts over.
 It holds the command where that is not a build of rows from text."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PASS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_PASS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
 _DROPPED = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9_-]*\.dropped")
 _RESERVED = frozenset({"rows", "tokens", "static", "model", "commits", "claims"})
 
@@ -24,23 +25,27 @@ def safe(name: str) -> str:
     """``name`` if it is one harmless path component, else a StoreError."""
     if not _NAME.fullmatch(name):
         raise StoreError(
-            f"expected a name of letters, digits, '.', '_' and '-' in the store, found {name!r}; the store was made by something else"
+            f"expected a name of letters, digits, '.', '_' and '-' in the store, found {brief(name)}; the store was made by something else"
         )
     return name
 
 
 def inside(store: Path, path: Path) -> Path:
     """``path`` if links do not lead it out of ``store``, else a StoreError; asked before anything is written or cleared there."""
-    if not path.resolve().is_relative_to(store.resolve()):
-        raise StoreError(f"expected {path} inside {store}, but a link leads to {path.resolve()}; remove the link")
-    return path
+    try:
+        where = path.resolve()
+        if where.is_relative_to(store.resolve()):
+            return path
+    except (OSError, RuntimeError):  # of links that lead to one another
+        where = path
+    raise StoreError(f"expected {path} inside {store}, but a link leads to {where}; remove the link")
 
 
 def pass_name(name: str) -> str:
     """``name`` if a pass may have it, else a ValueError."""
     if not is_pass(name):
         reserved = ", ".join(sorted(_RESERVED))
-        raise ValueError(f"expected a pass name of letters, digits, '_' and '-' other than {reserved}, found {name!r}")
+        raise ValueError(f"expected a pass name of letters, digits, '_' and '-' other than {reserved}, found {brief(name)}")
     return name
 
 
@@ -118,14 +123,44 @@ def slot_file(folder: Path, slot: int, dimensions: int = 2) -> Path:
     return folder / (f"c.{slot}.0" if dimensions == 2 else f"c.{slot}")
 
 
-def log(store: Path, writer: int) -> Path:
-    """Commit log of a writer; writers are numbered from 0."""
-    return store / "commits" / f"{writer}.log"
+def log(store: Path, writer: int, generation: int = 0) -> Path:
+    """Commit log of a writer; writers are numbered from 0. A generation ends when all logs are folded into the table."""
+    return store / "commits" / (f"{writer}.{generation}.log" if generation else f"{writer}.log")
+
+
+def commit_table(store: Path) -> Path:
+    """What the logs of all earlier generations said, and which generation is now."""
+    return store / "commits" / "table.log"
 
 
 def lock(store: Path, writer: int) -> Path:
-    """File whose advisory lock a writer holds."""
+    """File whose advisory lock a writer holds as long as it lives."""
     return store / "commits" / f"{writer}.lock"
+
+
+def store_lock(store: Path) -> Path:
+    """File that writers lock for sharing, and who changes the store as a whole for itself."""
+    return store / "commits" / "store.lock"
+
+
+def passes_lock(store: Path) -> Path:
+    """File that a writer locks while it announces a pass."""
+    return store / "commits" / "passes.lock"
+
+
+def claims(store: Path, pass_: str) -> Path:
+    """Folder of the claims on a pass: ``<shard>.<epoch>``, each a hard link to the lock of the writer that claims it."""
+    return store / "claims" / safe(pass_)
+
+
+def claims_lock(store: Path) -> Path:
+    """File that a writer locks while it claims shards."""
+    return store / "claims" / "claims.lock"
+
+
+def turn_lock(store: Path, writer: int) -> Path:
+    """File that a writer locks while it commits a shard, so that nobody takes the shard over meanwhile."""
+    return store / "claims" / f"{writer}.lock"
 
 
 def temporary(path: Path, writer: int = 0) -> Path:

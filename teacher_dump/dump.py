@@ -16,7 +16,7 @@ from online.collate import collate
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from store import layout
-from store.errors import FingerprintMismatch, StoreError
+from store.errors import FingerprintMismatch, StoreBusy, StoreError
 from store.manifest import Provenance, RowsInfo, read_manifest
 from store.provenance import provenance
 from store.reader import Store
@@ -33,6 +33,8 @@ from teacher_dump.teacher import Origins, TeacherPass, load_pass
 
 AHEAD = 1
 """Finished shards that may wait for the writer while the teacher fills the next one."""
+WAIT = 0.5
+"""Seconds from one look to the next at what other processes have committed."""
 RESERVE = 64 << 20
 """Bytes of disk that a dump leaves free: the last megabytes of a file system are slow and belong to others."""
 
@@ -59,26 +61,29 @@ def dump(recipe: DumpRecipe, command: Sequence[str]) -> str:
     tokenizer, requests = requested(recipe)
     ensure_rows(recipe, tokenizer, recipe.store, made)
     with StoreWriter.open(recipe.store) as writer:
-        name = recipe.pass_name
         teacher = load_pass(recipe, requests, writer.rows, made)
         store = Store.open(recipe.store)
-        _announce(recipe, teacher, store, writer)
-        before = writer.pending(name)
+        with writer.announcing():
+            _announce(recipe, teacher, store, writer)
         start = time.perf_counter()
-        answer_all(teacher, store, writer, recipe)
-    return _summary(recipe, before, time.perf_counter() - start)
+        done = answer_all(teacher, store, writer, recipe)
+        seconds = time.perf_counter() - start
+    return _summary(recipe, done, seconds)
 
 
 def _announce(recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: StoreWriter) -> None:
     """Put all of the pass but its shards into the store, unless it is there."""
     name, statics = recipe.pass_name, teacher.statics()
-    cost = cost_of(store, recipe, teacher, statics)
+    few = sample(store, recipe.batch_tokens)
+    compressed = any(spec.compressed for spec in teacher.specs)
+    answered = [teacher.answer(batch, sources) for batch, sources in few] if compressed else []
+    cost = cost_of(store, recipe, teacher, statics, answered)
     known = name in writer.manifest.passes
     check_disk(recipe.store, cost.shards(writer.pending(name)) if known else cost.added)
     if known:
         writer.add_pass(name, teacher.info, statics)  # refuses another teacher before anything of it is touched
     if not layout.model(recipe.store, name).is_dir() or not known:
-        ship(teacher.loaded, recipe, derived_errors(teacher, sample(store, recipe.batch_tokens)))
+        ship(teacher.loaded, recipe, derived_errors(teacher, few))
     if not known:
         writer.add_pass(name, teacher.info, statics)
 
@@ -103,15 +108,32 @@ def ensure_rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Pa
     """
     if not layout.manifest(path).exists():
         next(building.iter_groups(recipe.rows, tokenizer), None)  # a wrong path or column shows before a folder is made
-        return building.build_rows(recipe.rows, tokenizer, path, made)
+    while not layout.manifest(path).exists():
+        try:
+            return building.build_rows(recipe.rows, tokenizer, path, made)
+        except StoreBusy:  # another process builds them
+            time.sleep(WAIT)
+        except StoreError:
+            if not layout.manifest(path).exists():  # or has just built them
+                raise
     rows = read_manifest(path).rows
+    check_building(recipe, tokenizer, path, rows)
+    found = building.corpus_fingerprint(recipe.rows)
+    if found not in (known := [origin.corpus for origin in rows.origins]):
+        raise FingerprintMismatch(
+            f"{path} was made with another corpus: expected {' or '.join(known)} as stored, found {found}; "
+            f"add its rows with `teacher-dump add RECIPE`, or give another store folder, as in `teacher-dump run RECIPE store={path}-2`"
+        )
+    return rows
+
+
+def check_building(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Path, rows: RowsInfo) -> None:
+    """Refuse a recipe that builds rows in another way than the ``rows`` of the store at ``path``; raises FingerprintMismatch."""
     _compare(path, "tokenizer", rows.tokenizer, tokenizer_fingerprint(tokenizer))
     for name, found in recipe.rows.model_dump(mode="json").items():
         if name != "sources":
             _compare(path, f"rows.{name}", rows.origins[0].options.get(name), found)
     _compare(path, "row building version", rows.building, building.building_fingerprint(recipe.rows))
-    _compare(path, "corpus", rows.corpus, building.corpus_fingerprint(recipe.rows))
-    return rows
 
 
 def _compare(path: Path, field: str, stored: object, found: object) -> None:
@@ -132,33 +154,45 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: DumpRecipe) -> None:
-    """Answer and commit every pending shard. A shard that cannot be written stops the run before the next batch."""
-    rows, pending = store.rows, writer.pending(recipe.pass_name)
-    tokens = int(rows.slot_tokens[pending].sum())
-    done = len(rows.slot_tokens) - len(pending)
-    if done and pending:
-        tqdm.write(f"going on after {done} committed shards", file=sys.stderr)
+def answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: DumpRecipe) -> list[int]:
+    """Answer and commit pending shards until none is left, beside other processes that do the same; the shards that this one did.
+
+    A shard that cannot be written stops the run before the next batch. Up to AHEAD + 2 shards are in memory.
+    """
+    rows, name, made = store.rows, recipe.pass_name, list[int]()
+    pending = writer.pending(name)
+    if pending and len(pending) < rows.info.slots:
+        tqdm.write(f"going on after {rows.info.slots - len(pending)} committed shards", file=sys.stderr)
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with ThreadPoolExecutor(1, "writer") as pool, tqdm(total=tokens, unit=" tokens", unit_scale=True, mininterval=interval) as progress:
+    waiting = False
+    with ThreadPoolExecutor(1, "writer") as pool, tqdm(total=0, unit=" tokens", unit_scale=True, mininterval=interval) as progress:
         writing: deque[Future[None]] = deque()
         try:
-            for shard in pending:
-                progress.set_description(f"shard {shard + 1} of {len(rows.slot_tokens)}", refresh=False)
-                buffer = ShardBuffer(rows, shard, teacher.specs)
-                for members in cut(rows, rows_of(rows, shard), recipe.batch_tokens):
-                    while writing and writing[0].done():
+            while pending := writer.pending(name):
+                progress.total = progress.n + int(rows.slot_tokens[pending].sum())
+                for shard in writer.shards(name):
+                    progress.set_description(f"shard {shard + 1} of {rows.info.slots}", refresh=False)
+                    buffer = ShardBuffer(rows, shard, teacher.specs)
+                    for members in cut(rows, rows_of(rows, shard), recipe.batch_tokens):
+                        while writing and writing[0].done():
+                            writing.popleft().result()
+                        buffer.place(members, teacher.answer(collate(store, members), Origins(rows, members)))
+                        progress.update(int(rows.at(members).length.sum()))
+                    writing.append(pool.submit(writer.commit, name, shard, buffer.arrays))
+                    made.append(shard)
+                    while len(writing) > 1 + AHEAD:
                         writing.popleft().result()
-                    buffer.place(members, teacher.answer(collate(store, members), Origins(rows, members)))
-                    progress.update(int(rows.at(members).length.sum()))
-                writing.append(pool.submit(writer.commit, recipe.pass_name, shard, buffer.arrays))
-                while len(writing) > 1 + AHEAD:
+                while writing:
                     writing.popleft().result()
-            for future in writing:
-                future.result()
+                if left := writer.pending(name):
+                    if not waiting:
+                        tqdm.write(f"waiting for {len(left)} shards that others work on: {', '.join(writer.others())}", file=sys.stderr)
+                    waiting = True
+                    time.sleep(WAIT)
         except Exception:
             pool.shutdown(cancel_futures=True)
             raise
+    return made
 
 
 def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float) -> str:

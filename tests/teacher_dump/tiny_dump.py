@@ -80,9 +80,9 @@ class Outcome:
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Everything below ``folder``: path -> inode, time of change, content."""
+    """Everything below ``folder`` but locks: path -> inode, time of change, content."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix != ".lock"):
         content = path.read_bytes() if path.is_file() else b""
         found[str(path.relative_to(folder))] = (path.stat().st_ino, path.stat().st_mtime_ns if path.is_file() else 0, content)
     return found
