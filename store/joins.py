@@ -1,12 +1,15 @@
 """Rows of several builds as one table, and what must be alike for that."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+
+import pyarrow as pa
 
 from store import layout
 from store.errors import FingerprintMismatch
 from store.manifest import Filled, Manifest, PassInfo, RowsInfo
+from store.rows import IDENTITY
 from store.strict import Strict
 
 _COUNTED = {"rows", "tokens", "slots", "filled", "splits", "parts", "slot_crcs", "origins"}
@@ -15,13 +18,20 @@ _FOR_PEOPLE = {"model", "made"}
 """Fields of a pass that say where it came from, not what it is."""
 
 
-def joined(builds: Mapping[str, RowsInfo]) -> RowsInfo:
+Identities = Callable[[str, int], pa.Table]
+"""Name of a build and number of one of its origins -> the columns store.rows.IDENTITY of its rows."""
+
+
+def joined(builds: Mapping[str, RowsInfo], identities: Identities | None = None) -> RowsInfo:
     """Rows of ``builds`` (name for people -> rows), one after the other, as one table.
 
     Splits keep the order in which they are first met; :func:`split_codes` says what that does to a build.
 
+    Args:
+        identities: Tells the rows of the same texts apart; without it, builds that share texts are taken to share rows.
+
     Raises:
-        FingerprintMismatch: they were built in different ways, or of the same texts; the message names field and builds.
+        FingerprintMismatch: they were built in different ways, or share rows; the message names field and builds.
     """
     names, infos = list(builds), list(builds.values())
     for name, info in builds.items():
@@ -32,7 +42,7 @@ def joined(builds: Mapping[str, RowsInfo]) -> RowsInfo:
             )
         if info.slot_crcs.keys() != infos[0].slot_crcs.keys():
             raise FingerprintMismatch(f"the rows of {name} and {names[0]} are kept in different ways; `teacher-dump copy` both first")
-    _check_overlap(builds)
+    _check_overlap(builds, identities)
     splits: Counter[str] = Counter()
     for info in infos:
         splits.update(info.splits)
@@ -100,13 +110,22 @@ def _names(values: Sequence[object]) -> Iterator[str]:
         yield str(value) if name is None else f"{name} in {' + '.join(dict.fromkeys(types))}".removesuffix(" in ")
 
 
-def _check_overlap(builds: Mapping[str, RowsInfo]) -> None:
-    """Refuse rows of one text twice."""
-    seen: dict[str, str] = {}
+def _check_overlap(builds: Mapping[str, RowsInfo], identities: Identities | None) -> None:
+    """Refuse rows that are there twice. Parts of one build (store.copies) may share texts, but no row."""
+    seen: dict[str, list[tuple[str, int]]] = {}
     for name, info in builds.items():
-        for origin in info.origins:
-            if (known := seen.setdefault(origin.corpus, name)) != name:
-                raise FingerprintMismatch(
-                    f"{name} holds rows of the same texts as {known} (corpus {origin.corpus[:16]}): rows would be there twice; "
-                    "leave one of them out"
-                )
+        for number, origin in enumerate(info.origins):
+            for known, other in seen.setdefault(origin.corpus, []):
+                parts = origin.taken is not None and builds[known].origins[other].taken is not None
+                if not (parts and identities and _differ(identities(known, other), identities(name, number))):
+                    raise FingerprintMismatch(
+                        f"{name} holds rows of the same texts as {known} (corpus {origin.corpus[:16]}): rows would be there twice; "
+                        "leave one of them out"
+                    )
+            seen[origin.corpus].append((name, number))
+
+
+def _differ(one: pa.Table, other: pa.Table) -> bool:
+    """Whether no row is in both."""
+    both = pa.concat_tables([one, other])
+    return int(both.group_by(list(IDENTITY)).aggregate([]).num_rows) == both.num_rows

@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from store import commits, layout
 from store.building import RowWriter
@@ -16,7 +17,8 @@ from store.joins import joined, joined_passes, split_codes
 from store.linking import Links
 from store.manifest import SCHEMA, Manifest, PassInfo, Provenance, RowsInfo, read_manifest
 from store.reader import Store
-from store.rows import NUMBERS, ROW_ARRAYS
+from store.remote import local
+from store.rows import IDENTITY, NUMBERS, ROW_ARRAYS
 from store.shards import Seal, Shard, write_slot
 
 Progress = Callable[[int, int], object]
@@ -36,12 +38,12 @@ def merge(new: Path, paths: Sequence[Path], made: Provenance, progress: Progress
     """
     if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"expected two or more different stores to merge, found {', '.join(map(str, paths))}")
-    stores = {str(path): Store.open(path) for path in paths}
+    stores = {str(path): Store.open(local(path)) for path in paths}
     manifests = {name: store.manifest for name, store in stores.items()}
     for name, manifest in manifests.items():
         if manifest.schema_version != SCHEMA:
             raise StoreError(f"{name} has schema version {manifest.schema_version}; write it as {SCHEMA} first with: teacher-dump copy")
-    rows = joined({name: manifest.rows for name, manifest in manifests.items()})
+    rows = joined({name: manifest.rows for name, manifest in manifests.items()}, lambda name, number: _identities(stores[name], number))
     passes = joined_passes(manifests)
     history = tuple(chain.from_iterable((*manifest.history, manifest.made) for manifest in manifests.values()))
     manifest = Manifest(schema_version=SCHEMA, rows=rows, passes=passes, made=made, history=history)
@@ -71,6 +73,13 @@ def merge(new: Path, paths: Sequence[Path], made: Provenance, progress: Progress
         crcs = {**rows.slot_crcs, "numbers": tuple(numbers)}
         writer.publish(manifest.model_copy(update={"rows": rows.model_copy(update={"slot_crcs": crcs})}))
     return links
+
+
+def _identities(store: Store, number: int) -> pa.Table:
+    """The columns IDENTITY of the rows of an origin."""
+    edges = np.cumsum([0, *(origin.slots for origin in store.manifest.rows.origins)])
+    first, after = store.rows.first[edges[number : number + 2]].tolist()
+    return store.rows.table.select(list(IDENTITY)).slice(first, after - first)
 
 
 def check_same(path: Path, wanted: Manifest) -> None:

@@ -18,6 +18,14 @@ ROW_ARRAYS: dict[str, ArraySpec] = {
 }
 """What readers need of each row, kept in slots like the features of positions ``row``."""
 
+TOKEN_ARRAYS: dict[str, ArraySpec] = {
+    "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
+    "segments": ArraySpec(name="segments", dtype="uint8", width=1),
+    "documents": ArraySpec(name="documents", dtype="uint16", width=1),
+    "token_labels": ArraySpec(name="token_labels", dtype="int32", width=1),
+}
+"""What is kept for each token of a row; all but input_ids only where rows have it."""
+
 SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32())])
 COLUMNS = pa.schema(
     [
@@ -32,6 +40,9 @@ COLUMNS = pa.schema(
     ]
 )
 """The Parquet files beside them, for people: one Parquet row for each row, in the order of their numbers."""
+
+IDENTITY = ("source", "record", "part", "copy")
+"""Columns that tell the rows of one build apart."""
 
 
 @dataclass

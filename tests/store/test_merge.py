@@ -10,6 +10,7 @@ from small_store import GROUPS, MADE, SPECS, Made, answers, make_rows, make_stor
 from step_kills import content, killed_at
 
 from store import FingerprintMismatch, Store, StoreError, StoreWriter
+from store.copies import Wanted, copy
 from store.merge import merge
 from store.verify import verify
 
@@ -195,3 +196,19 @@ def test_only_the_command_that_began_goes_on(pair: tuple[Made, Made], tmp_path: 
         make_rows(new, GROUPS)
     merge(new, paths, made, tick)
     assert verify(new) == []
+
+
+def test_parts_of_one_store_are_put_together_again_unless_they_share_a_row(made: Made, tmp_path: Path) -> None:
+    def part(name: str, first: int, after: int) -> Path:
+        copy(made.path, tmp_path / name, Wanted(rows=(first, after)), MADE, lambda _, info: info, tick)
+        return tmp_path / name
+
+    head, tail, more = part("head", 0, 4), part("tail", 4, len(made.rows)), part("more", 3, len(made.rows))
+    merge(tmp_path / "whole", [tail, head], MADE, tick)
+    order = [*range(4, len(made.rows)), *range(4)]
+    check(Store.open(tmp_path / "whole"), [Made(made.path, [made.rows[row] for row in order],
+          {name: [values[row] for row in order] for name, values in made.values.items()})])  # fmt: skip
+    with pytest.raises(FingerprintMismatch, match=r"more holds rows of the same texts as .*head"):
+        merge(tmp_path / "twice", [head, more], MADE, tick)
+    with pytest.raises(FingerprintMismatch, match="rows of the same texts"):
+        merge(tmp_path / "twice", [made.path, head], MADE, tick)
