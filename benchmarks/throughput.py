@@ -35,7 +35,7 @@ from online.collate import collate
 from online.models import forward
 from online.teacher import Fetched
 from store.provenance import provenance
-from store.reader import Store
+from store.reader import Allocate, Store
 from store.shape import ModelShape
 from store.strict import load_yaml
 from store.writer import StoreWriter
@@ -70,7 +70,7 @@ class InMemory:
     def shape(self) -> ModelShape:
         return self._teacher.shape
 
-    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
+    def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
         return self._arrays[rows.tobytes()]
 
     def features(self, batch: Batch, fetched: Fetched) -> Features:

@@ -6,7 +6,7 @@ here compresses, so the bits do not matter.
 Shapes: N rows, T their tokens, W width, K kept words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,12 @@ KEYS = {
 
 ROWS = {"SUB": 4096, "FULL": 1024}
 """About 310 and 380 MB."""
+
+CHUNK = 128
+"""Tokens of a chunk in other libraries' files: the best of 1, 8, 32 and 128 for slices of packed tokens."""
+
+Read = Callable[[Ints], Sequence[NDArray[Any]]]
+"""From row numbers [n] to their arrays."""
 
 MADE = Provenance(command=("benchmarks",), versions={}, created="2026-01-01T00:00:00Z")
 
@@ -64,8 +70,43 @@ class Workload:
         return found
 
     @property
+    def tokens(self) -> int:
+        return int(self.first[-1])
+
+    @property
     def size(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    @cached_property
+    def shard_first(self) -> Ints:
+        """[shards] first row of each."""
+        return np.array([start for start, _ in self.shards])
+
+    @cached_property
+    def shard_of(self) -> Ints:
+        """[N] shard of each row."""
+        return np.searchsorted(self.shard_first, np.arange(len(self.lengths)), "right") - 1
+
+    def places(self, rows: Ints) -> tuple[list[int], list[int], list[int]]:
+        """Shard of each row, its first token there and the one after the last."""
+        shard = self.shard_of[rows]
+        start = self.first[rows] - self.first[self.shard_first[shard]]
+        return shard.tolist(), start.tolist(), (start + self.lengths[rows]).tolist()
+
+    @cached_property
+    def buffer(self) -> NDArray[np.uint8]:
+        """Room for any batch of 64 rows, written to once: every reader puts its rows here."""
+        token = sum(array.itemsize * array.shape[1] for array in self.arrays.values())
+        return np.ones(64 * LONGEST * token + 64 * len(self.arrays), np.uint8)
+
+    def packed(self, tokens: int) -> list[NDArray[Any]]:
+        """Packed arrays [tokens, W] inside the buffer."""
+        found, end = [], 0
+        for array in self.arrays.values():
+            start = -(-end // 64) * 64
+            end = start + tokens * array.shape[1] * array.itemsize
+            found.append(self.buffer[start:end].view(array.dtype).reshape(tokens, -1))
+        return found
 
     def of_rows(self, start: int, stop: int) -> Arrays:
         """The arrays of consecutive rows; views."""
@@ -78,9 +119,20 @@ class Workload:
 
     def expected(self, rows: Ints) -> Arrays:
         """The packed arrays of ``rows``."""
-        return {
-            name: np.concatenate([array[self.first[row] : self.first[row + 1]] for row in rows]) for name, array in self.arrays.items()
-        }
+        return {name: np.concatenate([array[self.first[row] : self.first[row + 1]] for row in rows]) for name, array in self.arrays.items()}
+
+
+def gather(sources: Sequence[NDArray[Any]], workload: Workload) -> Read:
+    """Slices of arrays that lie in memory or are mapped into it, copied once."""
+
+    def read(rows: Ints) -> Sequence[NDArray[Any]]:
+        spans = list(map(slice, workload.first[rows].tolist(), workload.first[rows + 1].tolist()))
+        packed = workload.packed(int(workload.lengths[rows].sum()))
+        for source, out in zip(sources, packed, strict=True):
+            np.concatenate([source[span] for span in spans], out=out)
+        return packed
+
+    return read
 
 
 def specs(name: str) -> tuple[FeatureSpec, ...]:
@@ -126,26 +178,31 @@ def write_rows(path: Path, workload: Workload) -> None:
         )  # fmt: skip
 
 
-def write_features(path: Path, workload: Workload, pass_name: str = PASS) -> None:
-    """Commit every shard of the workload through the store's own writer."""
-    features = specs(workload.name)
+def pass_info(features: tuple[FeatureSpec, ...]) -> PassInfo:
+    """A pass that holds these features."""
     shape = ModelShape(
         family="bert", head="masked_lm", layers=6, width=WIDTH, heads=12, kv_heads=12, head_width=32, vocab=VOCABULARY, causal=False,
         pre_norm=False, windows=(None,) * 6,
     )  # fmt: skip
-    info = PassInfo(
-        teacher="", model="", dtype="float16", shape=shape, wiring=Wiring(), requested=KEYS[workload.name], features=features, statics=(),
-        shipped=False, made=MADE,
+    return PassInfo(
+        teacher="", model="", dtype="float16", shape=shape, wiring=Wiring(), requested=tuple(spec.key for spec in features),
+        features=features, statics=(), shipped=False, made=MADE,
     )  # fmt: skip
-    with StoreWriter.open(path) as writer:
-        writer.add_pass(pass_name, info, {})
+
+
+def writer_of(path: Path, workload: Workload) -> StoreWriter:
+    """A writer of the store of ``write_rows`` that knows the workload's features."""
+    writer = StoreWriter.open(path)
+    writer.add_pass(PASS, pass_info(specs(workload.name)), {})
+    return writer
+
+
+def commit_all(writer: StoreWriter, workload: Workload) -> None:
+    """Commit every shard, and let go of the store."""
+    with writer:
         for shard, (start, stop) in enumerate(workload.shards):
             values = workload.of_rows(start, stop)
+            features = ((spec.feature, spec.arrays) for spec in specs(workload.name))
             writer.commit(
-                pass_name,
-                shard,
-                {
-                    spec.feature: {array.name: values[array_name(spec.feature, array.name)] for array in spec.arrays}
-                    for spec in features
-                },
+                PASS, shard, {key: {array.name: values[array_name(key, array.name)] for array in arrays} for key, arrays in features}
             )
