@@ -24,7 +24,7 @@ def collate(store: Store, rows: Ints) -> Batch:
         CorruptShard: a file of the rows is damaged.
     """
     info, numbers = store.manifest.rows, store.rows.at(rows)
-    packed = {array.name: store.tokens(array.name, rows) for array in info.token_arrays}
+    packed = store.all_tokens(rows)
     return _batch(rows, packed, numbers.length, store.rows.label_at(rows), numbers.group, info.objective, info.task, info.pad_id)
 
 
@@ -57,7 +57,7 @@ def _batch(
 
     documents, token_labels = packed.get("documents"), packed.get("token_labels")
     starts = _starts(lengths, documents)
-    if objective == "causal":
+    if objective == "causal" and token_labels is None:  # otherwise only some words are scored, and the rows say which
         token_labels = np.append(packed["input_ids"][1:], IGNORED)
         token_labels[np.append(starts[1:], len(token_labels)) - 1] = IGNORED
     input_ids = padded(packed["input_ids"], pad_id)

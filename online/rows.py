@@ -171,23 +171,40 @@ def build_rows(spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, path: Path, m
         ValueError: as :func:`iter_groups`; no row at all; a group that does not fit in a slot.
         StoreError: ``path`` holds a finished store or something else.
     """
+    with RowWriter(path, spec.slot_tokens) as writer:
+        return _fill(writer, spec, tokenizer, made, read_rows)
+
+
+def add_rows(spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, path: Path, made: Provenance, *, read_rows: int = 1024) -> RowsInfo:
+    """Build rows of other texts in the same way and add them to the store at ``path``, with a progress bar; all rows of it.
+
+    Raises:
+        ValueError: as :func:`iter_groups`; no row at all; a group that does not fit in a slot.
+        FingerprintMismatch: its rows were built in another way.
+        StoreError: there is no store, or another process writes to it.
+    """
+    with RowWriter.adding(path) as writer:
+        return _fill(writer, spec, tokenizer, made, read_rows)
+
+
+def _fill(writer: RowWriter, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, made: Provenance, read_rows: int) -> RowsInfo:
     corpus = hashlib.sha256()
-    with RowWriter(path, spec.slot_tokens) as writer, tqdm(desc="rows", unit=" rows", unit_scale=True) as progress:
+    with tqdm(desc="rows", unit=" rows", unit_scale=True) as progress:
         for rows in iter_groups(spec, tokenizer, digest=corpus.update, read_rows=read_rows):
             writer.append_group(rows)
             progress.update(len(rows))
-        return writer.finish(
-            copies=spec.copies,
-            bucket=BUCKET,
-            objective=spec.objective,
-            task=spec.task,
-            pad_id=pad_id(tokenizer),
-            tokenizer=tokenizer_fingerprint(tokenizer),
-            corpus=corpus.hexdigest(),
-            building=building_fingerprint(spec),
-            options=spec.model_dump(mode="json"),
-            made=made,
-        )
+    return writer.finish(
+        copies=spec.copies,
+        bucket=BUCKET,
+        objective=spec.objective,
+        task=spec.task,
+        pad_id=pad_id(tokenizer),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        corpus=corpus.hexdigest(),
+        building=building_fingerprint(spec),
+        options=spec.model_dump(mode="json"),
+        made=made,
+    )
 
 
 def corpus_fingerprint(spec: RowsSpec) -> str:

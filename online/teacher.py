@@ -17,6 +17,7 @@ from online.models import LoadedModel, forward
 from online.planner import TYPICAL, Units, plan
 from online.statics import live_statics
 from store.features import FeatureKey
+from store.reader import Allocate
 from store.shape import ModelShape
 
 Fetched = dict[FeatureKey, dict[str, NDArray[Any]]]
@@ -31,8 +32,11 @@ class Teacher(Protocol):
         """Sizes of the model that answered."""
         ...
 
-    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
-        """What a loader process reads ahead for ``rows``, which :meth:`features` then gets; nothing for a live model."""
+    def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
+        """What a loader process reads ahead for ``rows``, which :meth:`features` then gets; nothing for a live model.
+
+        ``allocate`` gives the memory to read into, once; by default it is NumPy's.
+        """
         ...
 
     def features(self, batch: Batch, fetched: Fetched) -> Features:
@@ -69,7 +73,7 @@ class LiveTeacher:
         self._statics: dict[str, Tensor] = {}
         loaded.model.eval()
 
-    def fetch(self, rows: NDArray[np.int64]) -> Fetched:
+    def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
         """Nothing."""
         return {}
 

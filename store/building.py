@@ -20,22 +20,13 @@ from store import commits, hierarchy, layout
 from store.errors import StoreError
 from store.features import ArraySpec
 from store.joins import joined
-from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, read_manifest
+from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, begun, read_manifest
+from store.parts import PART_ROWS
 from store.publish import file_crc32c, make_folder, replace, sync_file, sync_folder
-from store.rows import COLUMNS, ROW_ARRAYS, Row
+from store.remote import local
+from store.rows import COLUMNS, ROW_ARRAYS, TOKEN_ARRAYS, Row
 from store.shards import CHUNK, Shard, token_chunk, write_slot
 from store.strays import remove, row_strays
-
-TOKEN_ARRAYS: dict[str, ArraySpec] = {
-    "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
-    "segments": ArraySpec(name="segments", dtype="uint8", width=1),
-    "documents": ArraySpec(name="documents", dtype="uint16", width=1),
-    "token_labels": ArraySpec(name="token_labels", dtype="int32", width=1),
-}
-"""What is kept for each token of a row; all but input_ids only where rows have it."""
-
-_PART_ROWS = 1 << 16
-"""Rows of one Parquet file, at least; a file ends with a slot."""
 
 
 class RowWriter:
@@ -52,7 +43,7 @@ class RowWriter:
     def __init__(self, path: Path, slot_tokens: int, job: str = "", after: RowsInfo | None = None) -> None:
         if slot_tokens < CHUNK or slot_tokens % CHUNK:
             raise ValueError(f"slot_tokens: expected a multiple of {CHUNK}, found {slot_tokens}")
-        self.path = path
+        self.path = local(path)
         self.slot_tokens = slot_tokens
         self._exit = contextlib.ExitStack()
         if after is None:
@@ -60,6 +51,7 @@ class RowWriter:
         self._exit.enter_context(commits.exclusive(path))
         with self._closing_on_error():
             if after is None:
+                _claim(path, job)  # another process may have finished it before this one held it
                 _clear(path)
             else:
                 _check_unchanged(path, after)
@@ -248,7 +240,7 @@ class RowWriter:
         self._splits.update(row.split for row in self._slot)
         self._slots.append((rows, self._filled, sum(row.labelled for row in self._slot)))
         self._slot, self._filled = [], 0
-        if len(self._table["split"]) >= _PART_ROWS:
+        if len(self._table["split"]) >= PART_ROWS:
             self._flush_part()
 
     def _flush_part(self) -> None:
@@ -292,18 +284,22 @@ def _claim(path: Path, job: str) -> None:
     if path.exists() and not path.is_dir():
         raise StoreError(f"expected a folder for the store, found a file: {path}")
     marker = layout.building(path)
-    if not marker.exists() and path.exists() and set(path.iterdir()) - {layout.temporary(marker)}:
+    found = set(path.iterdir()) if path.exists() else set()
+    if found - {layout.temporary(marker)} and not marker.exists():  # in this order: a process that does the same puts it there first
         kind = "a Python package" if (path / "__init__.py").exists() else "something else"
         raise StoreError(
             f"expected an empty or new folder for the store, but {path} holds {kind}; nothing was touched, give another folder"
         )
-    if marker.exists() and (begun := marker.read_text(encoding="utf-8", errors="replace")) != job:
-        begun = begun or "teacher-dump run"
-        raise StoreError(f"{path} is being made by `{begun}`, which was cut short; run that again, or remove the folder")
+    if marker.exists() and (other := begun(path)) != job:
+        other = other or "teacher-dump run"
+        raise StoreError(f"{path} is being made by `{other}`, which was cut short; run that again, or remove the folder")
     try:
         make_folder(path)
         if not marker.exists():
             replace(marker, job.encode())
+    except StoreError:
+        if not marker.exists():  # or a process that does the same was quicker
+            raise
     except OSError as error:
         raise StoreError(f"cannot make the store {path}: {error.strerror}; give a folder that can be written") from error
 

@@ -10,6 +10,7 @@ from store import layout
 from store.blocks import CONFIGURATION
 from store.features import ArraySpec, Dtype
 from store.manifest import Manifest, RowsInfo, manifest_bytes
+from store.plain import read_plain
 from store.publish import make_folder, replace
 from store.rows import NUMBERS, ROW_ARRAYS
 from store.shards import fill_value, numpy_dtype
@@ -52,12 +53,21 @@ def nodes(manifest: Manifest) -> dict[str, Json]:
 
 def differing(store: Path, manifest: Manifest) -> dict[Path, bytes]:
     """Files whose content is not yet what ``manifest`` asks for, the root last."""
-    found = {}
-    for name, node in sorted(nodes(manifest).items(), reverse=True):
-        path, data = store / name / "zarr.json", json.dumps(node, indent=1).encode()
-        if not path.is_file() or path.read_bytes() != data:
-            found[path] = data
-    return found
+    files = ((store / name / "zarr.json", data) for name, data in documents(manifest).items())
+    return {path: data for path, data in files if not _holds(path, data)}
+
+
+def documents(manifest: Manifest) -> dict[str, bytes]:
+    """Path inside the store -> content of the ``zarr.json`` there, the root last."""
+    return {name: json.dumps(node, indent=1).encode() for name, node in sorted(nodes(manifest).items(), reverse=True)}
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether ``path`` is a plain file of ``data``; of a longer one nothing is read."""
+    try:
+        return read_plain(path, len(data)) == data
+    except OSError:
+        return False
 
 
 def write(store: Path, manifest: Manifest) -> None:
@@ -75,6 +85,7 @@ def _array(rows: RowsInfo, array: ArraySpec, positions: str, attributes: Json, d
         return [tokens, array.width][:dimensions]
 
     itemsize = numpy_dtype(array).itemsize
+    rounded = {} if array.keep_bits is None else {"keep_bits": array.keep_bits}
     blosc = {"name": "blosc", "configuration": {**CONFIGURATION, "typesize": itemsize}}
     sharding = {
         "chunk_shape": shape(rows.chunk(array, positions)),
@@ -91,7 +102,7 @@ def _array(rows: RowsInfo, array: ArraySpec, positions: str, attributes: Json, d
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": _fill(array),
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {"true_dtype": array.dtype, **attributes},
+        "attributes": {"true_dtype": array.dtype, **rounded, **attributes},
     }
 
 

@@ -15,12 +15,14 @@ from pydantic import Field, JsonValue
 from store import layout
 from store.errors import StoreError
 from store.features import ITEM_BYTES, ArraySpec, FeatureSpec
+from store.parts import PART_ROWS
 from store.plain import read_plain, why
 from store.publish import crc32c
-from store.rows import TOKEN_ARRAYS
+from store.remote import local
+from store.rows import ROW_ARRAYS, TOKEN_ARRAYS
 from store.schemas import READABLE, upgrade
 from store.shape import ModelShape, Wiring
-from store.shards import CHUNK
+from store.shards import CHUNK, MOST_SLOT_TOKENS
 from store.strict import Many, Strict, brief, load_json, parse
 
 SCHEMA = 2
@@ -28,11 +30,12 @@ SCHEMA = 2
 
 Json = dict[str, JsonValue]
 
+Crc32c = Annotated[int, Field(ge=0, lt=2**32)]
+
+MOST_JOB = 1 << 16
+"""A command in the marker of an unfinished store may be so long."""
 MOST_BYTES = 1 << 26
 """A manifest may be so long. Of the 64 MiB one of 100,000 slots needs 15."""
-
-MOST_SLOT_TOKENS = 1 << 26
-"""A slot's index then has up to 8 MiB."""
 
 MOST_CHUNK_BYTES = 1 << 29
 """A compressed chunk may hold so much: what a small file makes a reader allocate."""
@@ -66,7 +69,7 @@ class Part(Strict):
 
     file: str
     rows: int = Field(ge=1)
-    crc32c: int
+    crc32c: Crc32c
 
 
 class Origin(Strict):
@@ -111,7 +114,7 @@ class RowsInfo(Strict):
     parts: Many[Part]
     token_arrays: Many[ArraySpec]
     """input_ids always; segments, documents, token_labels where rows have them."""
-    slot_crcs: dict[str, Many[int]]
+    slot_crcs: dict[str, Many[Crc32c]]
     """Token array, or array of the row table (store.rows.ROW_ARRAYS) -> crc32c of each slot's file (store.shards.Seal)."""
     pad_id: int = Field(ge=0, lt=2**31)
     tokenizer: str
@@ -137,7 +140,11 @@ class Static(Strict):
     name: str = Field(max_length=200)
     dtype: Literal["float32", "float16", "bfloat16"]
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=8)
-    crc32c: int
+    crc32c: Crc32c
+
+
+IMPORTED = "unknown (imported)"
+"""Fingerprint of a teacher whose answers another program kept. Nothing of it ships but its tokenizer, where one was given."""
 
 
 class PassInfo(Strict):
@@ -158,6 +165,11 @@ class PassInfo(Strict):
     shipped: bool
     """Whether model/<pass>/ holds blocks to initialise students from (its configuration and tokenizer always ship)."""
     made: Provenance
+
+    @property
+    def imported(self) -> bool:
+        """Whether another program ran the teacher."""
+        return self.teacher == IMPORTED
 
 
 class Manifest(Strict):
@@ -182,12 +194,13 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         StoreError: there is no store, its rows are unfinished, or it is of another schema or makes no sense.
     """
-    file = layout.manifest(path)
+    file = layout.manifest(local(path))
     try:
         data = read_plain(file, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         if layout.building(path).exists():
-            raise StoreError(f"the rows of {path} are unfinished; start its dump again") from None
+            mend = f"run `{job}` again" if (job := begun(path)) else "start its dump again"
+            raise StoreError(f"the rows of {path} are unfinished; {mend}") from None
         found = "something else" if path.exists() else "nothing"
         raise StoreError(f"expected a store at {path}, found {found}; make one with teacher-dump") from None
     except OSError as error:
@@ -208,8 +221,16 @@ def read_manifest(path: Path) -> Manifest:
         manifest = parse(Manifest, upgrade(path, tree), str(file))
         _check(manifest)
     except ValueError as error:
-        raise StoreError(str(error)) from None
+        raise StoreError(f"{error}\n{file} makes no sense: put back a copy of it, or remove the folder and dump again") from None
     return manifest
+
+
+def begun(path: Path) -> str:
+    """The command that makes the unfinished store at ``path``; empty where that is a dump."""
+    try:
+        return read_plain(layout.building(path), MOST_JOB).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -234,12 +255,15 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"manifest: a slot of {rows.slot_tokens} tokens is not cut into chunks of {rows.chunk_tokens}")
     if [part.file for part in rows.parts] != [layout.rows_part_name(number) for number in range(len(rows.parts))]:
         raise ValueError(f"manifest: expected row parts {layout.rows_part_name(0)} and so on, found {brief([p.file for p in rows.parts])}")
+    if max(part.rows for part in rows.parts) > PART_ROWS + rows.slot_tokens:
+        raise ValueError(f"manifest: expected row parts of at most {PART_ROWS + rows.slot_tokens:,} rows")
     _check_distinct("rows", [array.name for array in rows.token_arrays])
     for array in rows.token_arrays:
         layout.safe(array.name)
         if array != TOKEN_ARRAYS.get(array.name) or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
             raise ValueError(f"manifest: token array {array.name} needs its type, width 1 and a checksum for each of {rows.slots} slots")
-    if any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
+    others = rows.slot_crcs.keys() - {array.name for array in rows.token_arrays}
+    if others not in (set(), set(ROW_ARRAYS)) or any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
         raise ValueError(f"manifest: expected a checksum for each of {rows.slots} slots")
     for name, info in manifest.passes.items():
         layout.pass_name(name)
@@ -262,7 +286,7 @@ def _check_pass(name: str, info: PassInfo, rows: RowsInfo) -> None:
             layout.array_name(key, array.name)
             chunk = rows.chunk(array, key.positions) * array.width * ITEM_BYTES[array.dtype]
             if array.compression != "none" and chunk > MOST_CHUNK_BYTES:
-                raise ValueError(f"manifest: pass {name}: {key}: expected compressed chunks of at most {MOST_CHUNK_BYTES} bytes, found {chunk}")
+                raise ValueError(f"manifest: pass {name}: {key}: a compressed chunk of {chunk} bytes is above {MOST_CHUNK_BYTES}")
     for static in info.statics:
         layout.safe(static.name)
         if math.prod(static.shape) > MOST_STATIC:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from store import layout
+from store.parts import PART_ROWS, read_part
+from store.plain import why
 from store.rows import COLUMNS
+from store.shards import MOST_SLOT_TOKENS
 
 READABLE = (1, 2)
 """Schema versions that this release opens."""
@@ -35,22 +37,37 @@ def upgrade(store: Path, tree: dict[str, Any]) -> dict[str, Any]:
     """
     if tree["schema_version"] != 1:
         return tree
-    rows = dict(tree["rows"])
-    corpus, options, slots = rows.pop("corpus"), rows.pop("options"), int(rows["slots"])
-    paths = [layout.rows_part(store, number) for number in range(len(rows["parts"]))]
     try:
-        table = pa.concat_tables([pq.read_table(path, columns=["slot", "length", "labelled"]) for path in paths])
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"the row table of {store} cannot be read ({error}); remove the folder and dump again") from None
-    slot = table["slot"].to_numpy()
-    if len(slot) and not 0 <= slot.min() <= slot.max() < slots:
-        raise ValueError(f"the row table of {store} names slots that are not there; remove the folder and dump again")
-    filled = {name: np.bincount(slot, table[column].to_numpy(), slots) for name, column in (("tokens", "length"), ("labelled", "labelled"))}
-    filled["rows"] = np.bincount(slot, minlength=slots)
-    rows["filled"] = {name: values.astype(np.int64).tolist() for name, values in filled.items()}
+        rows = dict(tree["rows"])
+        corpus, options, slots = rows.pop("corpus"), rows.pop("options"), int(rows["slots"])
+        counts = [(int(part["rows"]), int(part["crc32c"])) for part in rows["parts"]]
+        most = PART_ROWS + min(int(rows["slot_tokens"]), MOST_SLOT_TOKENS)
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        raise ValueError(f"the manifest of {store} is not one of schema 1; remove the folder and dump again") from None
+    if not counts or not all(0 < count <= most for count, _ in counts) or not 0 < slots <= sum(count for count, _ in counts):
+        raise ValueError("manifest: the numbers of rows, tokens and slots contradict each other")
+    rows["filled"] = _filled(store, counts, slots)
     rows["chunk_tokens"] = 128
     rows["origins"] = [{"corpus": corpus, "options": options, "slots": slots}]
     return {**tree, "rows": rows}
+
+
+def _filled(store: Path, counts: Sequence[tuple[int, int]], slots: int) -> dict[str, list[int]]:
+    """What each slot holds, from the parts with those rows and crc32c."""
+    columns = ["slot", "length", "labelled"]
+    layout.inside(store, layout.rows_part(store, 0).parent)
+    paths = [layout.rows_part(store, number) for number in range(len(counts))]
+    try:
+        tables = [read_part(path, *count, COLUMNS_1, columns) for path, count in zip(paths, counts, strict=True)]
+    except (OSError, ValueError) as error:
+        what = why(error) if isinstance(error, OSError) else error
+        raise ValueError(f"the row table of {store} cannot be read ({what}); remove the folder and dump again") from None
+    slot, length, labelled = (pa.concat_tables(tables)[name].to_numpy() for name in columns)
+    if len(slot) and not 0 <= slot.min() <= slot.max() < slots:
+        raise ValueError(f"the row table of {store} names slots that are not there; remove the folder and dump again")
+    filled = {"rows": np.bincount(slot, minlength=slots)}
+    filled |= {"tokens": np.bincount(slot, length, slots), "labelled": np.bincount(slot, labelled, slots)}
+    return {name: values.astype(np.int64).tolist() for name, values in filled.items()}
 
 
 def numbers_1(tables: Sequence[pa.Table], splits: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:

@@ -1,6 +1,6 @@
 """What the shape of a model is, without its weights: all that a method needs to know of a teacher it never sees."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -9,21 +9,24 @@ from store.strict import Strict
 Head = Literal["base", "masked_lm", "causal_lm", "classification", "token_classification", "multiple_choice"]
 
 
+Size = Annotated[int, Field(ge=0, le=1 << 24)]
+
+
 class ModelShape(Strict):
     """Sizes of a transformer. Widths are of the concatenated heads where not said otherwise."""
 
     family: str
     """Key of online.families.FAMILIES, or ``custom`` for module paths given in the recipe."""
     head: Head
-    layers: int = Field(ge=1)
-    width: int
-    heads: int
+    layers: int = Field(ge=1, le=10_000)
+    width: Size
+    heads: Size
     """Query heads."""
-    kv_heads: int
-    head_width: int
+    kv_heads: Size
+    head_width: Size
     """Width of one head; heads * head_width may differ from width."""
-    vocab: int
-    labels: int = 0
+    vocab: Size
+    labels: Size = 0
     """Outputs of the task head; 0 without one."""
     causal: bool
     pre_norm: bool

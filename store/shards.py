@@ -9,7 +9,7 @@ C units of a chunk.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,12 @@ from store.publish import Bytes, crc32c, publish
 CHUNK = 128
 """Units of an inner chunk where nothing is said; slots are a multiple of it."""
 
+MOST_SLOT_TOKENS = 1 << 24
+"""A slot's index then has up to 2 MiB."""
+
 TOKEN_CHUNK = 1024
 """Tokens of an inner chunk where every token has a raw value: rows then seldom span two. Slots of another size have the largest
-common divisor. Measured with benchmarks/store_read.py: longer chunks gain nothing, 128 cost a third more CPU."""
+common divisor. Measured with benchmarks/store_read.py --chunks: longer chunks gain nothing, 128 cost a sixth more CPU."""
 
 BFLOAT16_NAN = 0x7FC0
 
@@ -159,8 +162,11 @@ class Shard:
         return None if data is None else np.frombuffer(data, numpy_dtype(self.array)).reshape(self.chunk, self.array.width)
 
 
-def write_slot(path: Path, values_UW: NDArray[Any], shard: Shard, writer: int = 0) -> Seal:
+def write_slot(path: Path, values_UW: NDArray[Any], shard: Shard, put: Callable[[Path, Iterator[Bytes]], None] = publish) -> Seal:
     """Publish the file of one slot from its values [U, W] (bfloat16 as uint16); what it must be from now on.
+
+    Args:
+        put: Takes the pieces of the file; store.publish.Batch.add where several files get their names together.
 
     Raises:
         StoreError: the file exists, or cannot be written.
@@ -181,7 +187,7 @@ def write_slot(path: Path, values_UW: NDArray[Any], shard: Shard, writer: int = 
         yield index
         yield checksum(index)
 
-    publish(path, pieces(), writer)
+    put(path, pieces())
     return Seal(sum(lengths) + shard.index_bytes, crc32c(b"".join(checksums)))
 
 

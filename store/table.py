@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from store import layout, schemas
 from store.errors import CorruptShard
 from store.features import ArraySpec
 from store.manifest import RowsInfo
-from store.opened import SlotFiles
-from store.publish import file_crc32c
+from store.opened import ArrayFiles, SlotFiles, Supply
+from store.parts import read_part
+from store.plain import why
 from store.rows import COLUMNS, NUMBERS, ROW_ARRAYS
-from store.shards import CHUNK, Seal, Shard
+from store.shards import CHUNK, Seal, Shard, numpy_dtype
 from store.strict import did_you_mean
 
 Ints = NDArray[np.int64]
@@ -30,7 +30,7 @@ SMALL = 1 << 20
 """Rows up to which the table is kept in memory as a whole (64 MB); beyond, slots of it are looked at one by one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Numbers:
     """What a store knows of n rows, [n] each."""
 
@@ -61,13 +61,21 @@ class Numbers:
         return self.index, np.ones(len(self.index), np.int64)
 
 
+class RowSupply(Supply, Protocol):
+    """Where the files of a row table come from that are not on this machine."""
+
+    def part(self, rows: RowsInfo, number: int) -> None:
+        """Have a Parquet file here."""
+
+
 class RowTable:
     """Rows as they stand in a store. :meth:`at` is what readers use; the columns, [R] each, are for small stores."""
 
-    def __init__(self, store: Path, info: RowsInfo) -> None:
+    def __init__(self, store: Path, info: RowsInfo, mapped: bool | None = None, supply: RowSupply | None = None) -> None:
         self.store = store
         self.info = info
-        self.files = SlotFiles(store)
+        self.files = SlotFiles(store, mapped, supply)
+        self._supply = supply
         self._sound: set[int] = set()
 
     def __len__(self) -> int:
@@ -89,25 +97,20 @@ class RowTable:
         Raises:
             CorruptShard: the files that say so are damaged.
         """
-        slot = np.searchsorted(self.first, rows, "right") - 1
-        if len(self) <= SMALL:
-            numbers = self._numbers[rows]
-        else:
-            numbers = np.empty((len(rows), len(NUMBERS)), np.int64)
-            for each in np.unique(slot).tolist():
-                members = slot == each
-                numbers[members] = self.in_slot(each)[rows[members] - self.first[each]]
-        return _named(slot, rows - self.first[slot], numbers)
+        slot = self.first.searchsorted(rows, "right") - 1
+        index = rows - self.first[slot]
+        if len(self) <= SMALL or self._from_parquet is not None:
+            return _named(slot, index, self._numbers.take(rows, axis=0))
+        for each in set(slot.tolist()) - self._sound:
+            self.in_slot(each)
+        return _named(slot, index, self._look_up("numbers", slot, index))
 
     def label_at(self, rows: Ints) -> NDArray[np.float64]:
         """[n] class number or score of ``rows``; NaN where they have none."""
-        if len(self) <= SMALL:
+        if len(self) <= SMALL or self._from_parquet is not None:
             return self.label[rows]
-        labels = np.empty(len(rows))
-        slot = np.searchsorted(self.first, rows, "right") - 1
-        for each in np.unique(slot).tolist():
-            members = slot == each
-            labels[members] = self._labels_in(each)[rows[members] - self.first[each]]
+        slot = self.first.searchsorted(rows, "right") - 1
+        labels: NDArray[np.float64] = self._look_up("label", slot, rows - self.first[slot])[:, 0]
         return labels
 
     def in_slot(self, slot: int) -> NDArray[np.int32]:
@@ -165,6 +168,7 @@ class RowTable:
     @cached_property
     def label(self) -> NDArray[np.float64]:
         """[R] class number or score; NaN where the row has none."""
+        self.bring("label")
         return np.concatenate([self._labels_in(slot) for slot in range(self.info.slots)])
 
     @cached_property
@@ -197,36 +201,30 @@ class RowTable:
         if copy is not None and not 0 <= copy < self.info.copies:
             raise ValueError(f"{self.store} has masking copies 0 to {self.info.copies - 1}, found {copy}")
 
-    def problems(self) -> list[tuple[Path, str]]:
-        """Damaged files of the table and what is wrong with them, each looked at whole."""
-        found = []
-        for slot in range(self.info.slots):
-            for name, look in (("numbers", self.in_slot), ("label", self._labels_in)):
-                try:
-                    look(slot)
-                except CorruptShard as error:
-                    found.append((layout.slot_file(layout.rows_array(self.store, name), slot), str(error)))
-        for number in range(len(self.info.parts)):
-            try:
-                self.part(number, ())
-            except CorruptShard as error:
-                found.append((layout.rows_part(self.store, number), str(error)))
-        return found
-
     def part(self, number: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of Parquet file ``number``, checked."""
-        path, part = layout.rows_part(self.store, number), self.info.parts[number]
+        """Columns of Parquet file ``number``, checked.
+
+        Raises:
+            CorruptShard: it is not the file that row building wrote.
+        """
+        return self._part(number, columns, self.info.parts[number].crc32c)
+
+    def check_part(self, number: int) -> None:
+        """Raise a CorruptShard where the end of Parquet file ``number`` does not say what the manifest does; the rest is not read."""
+        self._part(number, (), None)
+
+    def _part(self, number: int, columns: Sequence[str], crc: int | None) -> pa.Table:
+        if self._supply is not None:
+            self._supply.part(self.info, number)
+        path, rows = layout.rows_part(self.store, number), self.info.parts[number].rows
+        layout.inside(self.store, path.parent)
+        schema = COLUMNS if "numbers" in self.info.slot_crcs else schemas.COLUMNS_1
         try:
-            found = file_crc32c(path)
-        except FileNotFoundError:
-            raise self._damaged(f"lacks {path.name}") from None
-        if found != part.crc32c:
-            raise self._damaged(f"has a damaged {path.name}: expected crc32c {part.crc32c}, found {found}")
-        with pq.ParquetFile(path) as file:
-            schema = COLUMNS if "numbers" in self.info.slot_crcs else schemas.COLUMNS_1
-            if not file.schema_arrow.equals(schema) or file.metadata.num_rows != part.rows:
-                raise self._damaged(f"holds other columns or another number of rows than {part.rows} in {path.name}")
-            return file.read(list(columns))
+            return read_part(path, rows, crc, schema, columns)
+        except OSError as error:
+            raise self._damaged(f"lacks {path.name}: {why(error)}") from None
+        except ValueError as error:
+            raise self._damaged(f"has a damaged {path.name}: {error}") from None
 
     @cached_property
     def _from_parquet(self) -> tuple[NDArray[np.int32], NDArray[np.float64]] | None:
@@ -242,6 +240,7 @@ class RowTable:
     @cached_property
     def _numbers(self) -> NDArray[np.int32]:
         """[R, NUMBERS]"""
+        self.bring("numbers")
         return np.concatenate([self.in_slot(slot) for slot in range(self.info.slots)])
 
     def _labels_in(self, slot: int) -> NDArray[np.float64]:
@@ -252,12 +251,28 @@ class RowTable:
 
     def _read(self, name: str, slot: int) -> NDArray[Any]:
         """The rows of a slot in one of the ROW_ARRAYS."""
-        file = self.files.get(layout.rows_array(self.store, name), slot, self._find(name), _ANEW)
+        file = self._files(name)[slot]
         rows = file.shard.units
         for chunk in range(file.shard.chunks):
             if not file.checked(chunk):
                 file.check(chunk)
         return np.concatenate([file.chunks[start // CHUNK, slice(0, min(CHUNK, rows - start))] for start in range(0, rows, CHUNK)])
+
+    def _look_up(self, name: str, slot: Ints, index: Ints) -> NDArray[Any]:
+        """[n, W] of rows (their slots, and numbers there) in one of the ROW_ARRAYS."""
+        places = zip(slot.tolist(), index.tolist(), strict=True)
+        runs = [(each, (row // CHUNK, slice(row % CHUNK, row % CHUNK + 1))) for each, row in places]
+        out = np.empty((len(runs), ROW_ARRAYS[name].width), numpy_dtype(ROW_ARRAYS[name]))
+        self._files(name).gather(set(slot.tolist()), runs, out)
+        return out
+
+    def _files(self, name: str) -> ArrayFiles:
+        return self.files.of(layout.rows_array(self.store, name), self._find(name), _ANEW)
+
+    def bring(self, name: str) -> None:
+        """Have all of one of the ROW_ARRAYS here: all slots at once take far less time than one after the other."""
+        if name in self.info.slot_crcs:
+            self.files.bring([(self._files(name), range(self.info.slots))])
 
     def _find(self, name: str) -> Callable[[int], tuple[Shard, Seal | None]]:
         def find(slot: int) -> tuple[Shard, Seal | None]:

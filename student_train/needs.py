@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from store.features import FeatureKey
+from store.remote import url_of
 from student_train.outline import Outline, outline
 from student_train.recipe import TrainRecipe
 
@@ -33,7 +34,7 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
         return "# these recipes read no teacher's features\n"
     documents = []
     for store, pass_name in sorted(features, key=str):
-        tree: dict[str, object] = {"store": str(store), "pass_name": pass_name}
+        tree: dict[str, object] = {"store": str(url_of(store) or store), "pass_name": pass_name}
         tree["features"] = [str(key) for key in sorted(features[store, pass_name])]
         if starts := blocks.get((store, pass_name)):
             tree["ship_layers"] = sorted(starts)

@@ -11,9 +11,10 @@ from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from store.errors import FingerprintMismatch, MissingFeature, StoreError
 from store.features import FeatureKey
-from store.manifest import Manifest, RowsInfo, Task, read_manifest
+from store.manifest import Manifest, RowsInfo, Task
+from store.reader import Store
+from store.remote import url_of
 from store.shape import Head, ModelShape
-from store.shipped import shipped
 from store.strict import did_you_mean
 from student_train.blocks import Source
 from student_train.init import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
@@ -95,9 +96,10 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
     for store, manifest in manifests.items():
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
-            for spec, method in methods:
-                if problem := _unlearnable(method, student, manifest.rows):
-                    raise ValueError(f"methods: {spec.name}: the rows of {store} {problem}")
+    for spec, method in methods:
+        problems = {data.store: _unlearnable(method, student, manifest.rows) for data in phase.data if (manifest := manifests[data.store])}
+        if problems and all(problems.values()):
+            raise ValueError(f"methods: {spec.name}: " + "; ".join(f"the rows of {store} {problem}" for store, problem in problems.items()))
     return Outline(phase, blueprint, shape, methods, keys, taught_by, passes)
 
 
@@ -121,7 +123,8 @@ def score_names(phase: PhaseSpec) -> dict[DataSpec, str]:
 
 
 def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
-    return None if teacher is not None and not store.exists() else read_manifest(store)
+    lacking = url_of(store) is None and not store.exists()
+    return None if teacher is not None and lacking else Store.open(store).manifest
 
 
 def _teacher_shape(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> ModelShape | None:
@@ -157,7 +160,7 @@ def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
             continue
         manifest = _manifest(data.store, teacher)
         if manifest is not None and data.pass_name in manifest.passes and not manifest.passes[data.pass_name].imported:
-            return Source(shipped(data.store, data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
+            return Source(Store.open(data.store).shipped(data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
     if teacher is not None:
         return Source(teacher, folder_head(teacher))
     raise ValueError("student: layers and random need a source: give student.source, or data with a pass_name")

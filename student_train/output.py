@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from store.manifest import Json, Manifest, Provenance, read_manifest
+from store.manifest import Json, Manifest, Provenance
 from store.publish import make_folder, replace
+from store.reader import Store
 from store.strict import parse
 from student_train import checkpoint
 from student_train.arguments import fixed_on_resume
@@ -70,9 +71,10 @@ def identity(recipe: TrainRecipe, phase: PhaseSpec) -> Json:
     """What a phase's student follows from: options that shape its weights, and fingerprints of rows, teachers and the earlier student."""
     shaping = {"student", "data", "teacher", "methods", "steps", "epochs", "batch_rows", "accumulation", "best", "patience"}
     tree: Json = phase.model_dump(mode="json", include=shaping)
+    tree["data"] = [data.model_dump(mode="json", exclude={"follow"}) for data in phase.data]
     tree["trainer"] = json.loads(json.dumps(fixed_on_resume(phase.trainer)))
     tree["seed"] = recipe.seed
-    manifests = {data.store: read_manifest(data.store) for data in phase.data}
+    manifests = {data.store: Store.open(data.store).manifest for data in phase.data}
     tree["rows"] = [f"{manifests[data.store].rows.corpus} {manifests[data.store].rows.building}" for data in phase.data]
     tree["teachers"] = [_teacher(manifests[data.store], data.pass_name) for data in phase.data]
     if phase.student.phase is not None:

@@ -24,6 +24,8 @@ class DataSpec(Strict):
     """Teacher pass to learn from; None where the store has no pass, or the phase no teacher."""
     where: Where | None = None
     """Take only the rows that meet these conditions."""
+    follow: float | None = Field(default=None, gt=0)
+    """The store is still being dumped: wait for shards that are not there yet, until none came for so many seconds."""
     shuffle: Shuffle = "random"
     """How training mixes the rows, anew each epoch: ``random`` all of them; ``block`` the slots of the store, and then the rows of
     ``window`` slots at a time, so that remote or spinning storage is read in long stretches."""

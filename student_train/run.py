@@ -132,7 +132,10 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
             wanted[place] = wanted.get(place, frozenset()) | keys
         if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
             _check_arguments(recipe, phase)
-    problems = [problem for (path, pass_name), keys in wanted.items() if (problem := _lack(Store.open(path), pass_name, keys))]
+    followed = {data.store for phase in phases for data in phase.data if data.follow}
+    problems = [
+        problem for (path, pass_name), keys in wanted.items() if (problem := _lack(Store.open(path), pass_name, keys, path in followed))
+    ]
     if problems:
         raise MissingFeature("\n\n".join(problems))
     return outlines
@@ -150,7 +153,8 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             for notice in start.notices:
                 _log.warning("phase %r: %s", phase.name, notice)
         bundle = Bundle(start.student, _methods(one, recipe.seed))
-        stores = {data.store: Store.open(data.store) for data in (*phase.data, *phase.evaluate)}
+        patience = {data.store: data.follow for data in (*phase.evaluate, *phase.data)}
+        stores = {place: Store.open(place, follow=seconds or 0.0) for place, seconds in patience.items()}
         for store in stores.values():
             check_length(start.student, store.rows.longest)
         sources = [_source(one, data, stores[data.store]) for data in phase.data]
@@ -205,16 +209,19 @@ def _check_arguments(recipe: TrainRecipe, phase: PhaseSpec) -> None:
     )
 
 
-def _lack(store: Store, pass_name: str, keys: frozenset[FeatureKey]) -> str:
-    """What a pass lacks of ``keys``, and how to mend it; empty where all is there."""
+def _lack(store: Store, pass_name: str, keys: frozenset[FeatureKey], followed: bool) -> str:
+    """What a pass lacks of ``keys``, and how to mend it; empty where all is there, or will be."""
     try:
         StoredTeacher(store, pass_name, keys)
     except MissingFeature as error:
         return str(error)
-    if store.complete(pass_name):
+    if followed or store.complete(pass_name):
         return ""
     done, slots = len(store.committed(pass_name)), store.manifest.rows.slots
-    return f"pass {pass_name} of {store.path} is unfinished ({done} of {slots} shards); start its dump again to go on"
+    return (
+        f"pass {pass_name} of {store.where} is unfinished ({done} of {slots} shards): start its dump again to go on, "
+        "or give the data 'follow: SECONDS' to wait for the rest while it is dumped"
+    )
 
 
 def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:

@@ -8,10 +8,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from store.errors import StoreError
+from teacher_dump.import_commands import imports
+from teacher_dump.remote_commands import download, upload
+from teacher_dump.store_commands import add, copy, diff, drop, merge
 
 USAGE = 2
 """Exit code of anything a user can mend."""
@@ -47,6 +51,7 @@ def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     Rows are built first where the store has none. Then the teacher answers shard after shard, and each is committed as
     a whole: a run that is interrupted, killed or out of disk loses nothing committed, and the same command goes on.
     A second recipe with another pass_name adds another teacher's answers, or more features, to the same rows.
+    Started several times over one store, by hand or by a scheduler, the runs share the shards between them.
 
     Options of the recipe can be set on the command line: teacher-dump run dump.yaml dtype=float16 batch_tokens=8192
     """
@@ -97,16 +102,20 @@ def status(store: Path) -> None:
 
 @program.command()
 @_STORE
-@click.option("--repair", is_flag=True, help="Take damaged shards back, so that the next `run` makes them again.")
-def verify(store: Path, repair: bool) -> None:
+@click.option("--full/--fast", default=True, show_default=True, help="Read every byte, or only sizes, indexes and lists of checksums.")
+@click.option("--repair", is_flag=True, help="Take damaged shards back, so that the next `run` makes them again; free what is not in use.")
+def verify(store: Path, full: bool, repair: bool) -> None:
     """Check every committed file of STORE against its size and checksums; exit code 2 if anything is damaged.
 
     Shards are independent: a damaged one costs its own tokens only. With --repair it is taken back and the same
-    `teacher-dump run` that made the store makes it again; everything else stays as it is.
+    `teacher-dump run` that made the store makes it again; everything else stays as it is. What killed commands and
+    dropped features have left is removed with it. A repair that is stopped is finished by the next one.
+
+    --fast finds what is missing, cut short or another file, without reading the data: flipped bits stay for --full.
     """
     from teacher_dump.verify import verify as check
 
-    whole, report = check(store, repair)
+    whole, report = check(store, repair, full)
     click.echo(report)
     if not whole:
         sys.exit(USAGE)
@@ -125,6 +134,40 @@ def show(store: Path, count: int, start: int, pass_name: str | None) -> None:
     from teacher_dump.show import show as render
 
     click.echo(render(store, count, start, pass_name))
+
+
+@program.command()
+@_STORE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "kind", required=True, type=click.Choice(["parquet", "safetensors", "hidden-states"]), help="See above.")
+@click.option("--pass", "passes", multiple=True, help="Only the answers of this pass; may be given again.  [default: all]")
+@click.option("--features", multiple=True, help="Only this stored feature, such as bert/hidden.6@all; may be given again.")
+@click.option("--split", default=None, help="Only rows of this split.")
+@click.option("--rows", "of_rows", default=None, metavar="FIRST:AFTER", help="Only rows from FIRST on and before AFTER.")
+def export(
+    store: Path,
+    out: Path,
+    kind: Literal["parquet", "safetensors", "hidden-states"],
+    passes: tuple[str, ...],
+    features: tuple[str, ...],
+    split: str | None,
+    of_rows: str | None,
+) -> None:
+    """Write features of STORE to the new folder OUT for other programs. An export that was cut short goes on.
+
+    \b
+    parquet        a file for each shard, a row for each row, features as lists of float32: pandas, DuckDB, datasets
+    safetensors    a file for each shard, all rows one after the other, the stored bits under their true types
+    hidden-states  hs_<i>.safetensors for each row, its tokens and its hidden states, as speculators reads them
+    """
+    from teacher_dump.export import export_store
+
+    click.echo(export_store(store, out, kind, passes, features, split, of_rows))
+
+
+program.add_command(imports)
+for command in (add, merge, drop, copy, diff, upload, download):
+    program.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from online.models import ModelSpec
 from online.rows import RowsSpec
 from store import layout
 from store.features import Compression, StoreDtype
+from store.remote import url_of
 from store.strict import Strict, load_yaml
 
 
@@ -61,6 +62,13 @@ class DumpRecipe(Strict):
     @classmethod
     def _bare_keys(cls, value: object) -> object:
         return [{"key": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @field_validator("store")
+    @classmethod
+    def _on_this_machine(cls, value: Path) -> Path:
+        if url_of(value):
+            raise ValueError("expected a folder: dump there, and meanwhile `teacher-dump upload --follow` brings it to object storage")
+        return value
 
     @field_validator("pass_name")
     @classmethod

@@ -1,20 +1,23 @@
 """The small files beside a shipped teacher: the resolved recipe, and the measured errors of derived features."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from store import layout
+from store.plain import read_plain
+from store.strict import load_json
 
 RECIPE = "recipe.yaml"
 ERRORS = "derived_errors.json"
 """Derived feature -> ||derived - live|| / ||live|| over a few rows."""
 
+_MOST_BYTES = 1 << 20
+
 
 def read_errors(store: Path, pass_name: str) -> dict[str, float]:
     """The measured errors of a pass; empty where the file is gone."""
     try:
-        tree = json.loads((layout.model(store, pass_name) / ERRORS).read_text(encoding="utf-8"))
+        tree = load_json(read_plain(layout.model(store, pass_name) / ERRORS, _MOST_BYTES))
         return {str(key): float(value) for key, value in tree.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

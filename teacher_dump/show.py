@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from store import layout
 from store.features import FeatureKey
 from store.manifest import Task
 from store.reader import Store
@@ -49,7 +48,7 @@ def show(path: Path, count: int, start: int, pass_name: str | None) -> str:
 def _tokenizer(store: Store) -> PreTrainedTokenizerBase | None:
     """The tokenizer that ships with any pass: all passes have the same."""
     for name in store.manifest.passes:
-        folder = layout.model(store.path, name)
+        folder = store.shipped(name, configured=False)
         if folder.is_dir():
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     return None

@@ -16,7 +16,7 @@ from online.models import LoadedModel, check_length, forward, load_model
 from online.planner import Plan, Units, plan
 from online.statics import live_statics
 from store.codecs import feature_spec
-from store.features import FeatureSpec
+from store.features import Compression, FeatureKey, FeatureSpec
 from store.manifest import PassInfo, Provenance
 from store.table import RowTable
 from teacher_dump.batches import Arrays
@@ -78,7 +78,10 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
     blocks = shipped_blocks(recipe.ship_layers, loaded.shape.layers)
     what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, Units.average(rows))
     ids = {request.key: request.ids for request in requests}
-    specs = tuple(feature_spec(key, dtype, loaded.shape.width_of(key.site), ids.get(key, ())) for key, dtype in sorted(what.stored.items()))
+    specs = []
+    for key, dtype in sorted(what.stored.items()):
+        keep_bits, compression = _room(key, requests, what)
+        specs.append(feature_spec(key, dtype, loaded.shape.width_of(key.site), ids.get(key, ()), keep_bits, compression))
     info = PassInfo(
         teacher=loaded.fingerprint,
         model=str(recipe.teacher.model),
@@ -86,14 +89,22 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
         shape=loaded.shape,
         wiring=loaded.wiring,
         requested=tuple(str(request.key) for request in requests),
-        features=specs,
+        features=tuple(specs),
         statics=(),
         shipped=bool(blocks),
         made=made,
     )
     device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded.model.to(device)
-    return TeacherPass(loaded, device, requests, what, specs, info)
+    return TeacherPass(loaded, device, requests, what, tuple(specs), info)
+
+
+def _room(key: FeatureKey, requests: Sequence[Request], what: Plan) -> tuple[int | None, Compression]:
+    """Mantissa bits and compression of a stored key: as exact as any request that follows from it asks for, compressed if one does."""
+    users = [request for request in requests if request.key == key or key in what.derived.get(request.key, ())]
+    bits = [request.keep_bits for request in users if request.keep_bits is not None]
+    compressed = any(request.compression == "zstd" for request in users)
+    return max(bits) if len(bits) == len(users) else None, "zstd" if compressed else "none"
 
 
 class Origins(Sequence[str]):

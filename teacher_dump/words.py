@@ -37,7 +37,7 @@ def places(store: Store, row: int, positions: str) -> list[Place]:
     arrays = {array.name for array in store.manifest.rows.token_arrays}
     ids = store.tokens("input_ids", rows).astype(np.int64)
     true = np.full(len(ids), _NONE)
-    if "token_labels" in arrays and store.manifest.rows.objective == "mlm":
+    if "token_labels" in arrays and store.manifest.rows.objective in ("mlm", "causal"):
         true = store.tokens("token_labels", rows).astype(np.int64)
     elif store.manifest.rows.objective == "causal":
         documents = store.tokens("documents", rows) if "documents" in arrays else np.zeros(len(ids), np.uint16)

@@ -37,6 +37,7 @@ from student_train.recipe import MethodSpec
 from student_train.teacher import StoredTeacher
 from teacher_dump.dump import build_rows, dump
 from teacher_dump.recipe import DumpRecipe
+from teacher_dump.records import read_errors
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"w{number}" for number in range(59))
@@ -69,6 +70,18 @@ SETTINGS = {
     "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
     "packed": Setting("causal_lm", qwen, {"objective": "causal", "long": "pack", "max_length": 32}),
 }
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "int8"},
+    "float8": {"dtype": "float8"},
+    "rounded": {"dtype": "bfloat16", "keep_bits": 4, "compression": "zstd"},
+    "compressed": {"compression": "zstd"},
+}
+"""Ways to keep features, and what a dump's recipe says for them."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -116,19 +129,19 @@ class Lab:
         build_rows(self.recipe("none", ()), ("test",))
         self.store = self.reopened()
 
-    def recipe(self, pass_name: str, features: Iterable[FeatureKey], dtype: str = "float32") -> DumpRecipe:
+    def recipe(self, pass_name: str, features: Iterable[FeatureKey], kept: str = "float32") -> DumpRecipe:
         tree = {
-            "store": str(self.folder / "store"), "pass_name": pass_name, "dtype": dtype, "batch_tokens": self.batch_tokens, "device": "cpu",
+            "store": str(self.folder / "store"), "pass_name": pass_name, **KEPT[kept], "batch_tokens": self.batch_tokens, "device": "cpu",
             "teacher": {"model": str(self.teacher), "head": self.head}, "rows": self.rows, "features": sorted(map(str, features)),
         }  # fmt: skip
         return parse(DumpRecipe, tree, "test")
 
-    def dump(self, wanted: frozenset[FeatureKey], dtype: str = "float32") -> StoredTeacher:
+    def dump(self, wanted: frozenset[FeatureKey], kept: str = "float32") -> StoredTeacher:
         """The stored teacher for ``wanted``, after its dump."""
-        if (wanted, dtype) not in self.passes:
-            name = self.passes[wanted, dtype] = f"pass-{len(self.passes)}"
-            dump(self.recipe(name, wanted, dtype), ("test",))
-        return StoredTeacher(self.folder / "store", self.passes[wanted, dtype], wanted)
+        if (wanted, kept) not in self.passes:
+            name = self.passes[wanted, kept] = f"pass-{len(self.passes)}"
+            dump(self.recipe(name, wanted, kept), ("test",))
+        return StoredTeacher(self.folder / "store", self.passes[wanted, kept], wanted)
 
     def live(self, wanted: frozenset[FeatureKey]) -> LiveTeacher:
         return LiveTeacher(self.loaded, wanted, Units.average(self.store.rows))
@@ -164,9 +177,9 @@ def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
     return lab
 
 
-def both(lab: Lab, wanted: frozenset[FeatureKey], rows: NDArray[np.int64], dtype: str = "float32") -> tuple[Batch, Features, Features]:
+def both(lab: Lab, wanted: frozenset[FeatureKey], rows: NDArray[np.int64], kept: str = "float32") -> tuple[Batch, Features, Features]:
     """A batch, and what store and model answer for it."""
-    stored = lab.dump(wanted, dtype)
+    stored = lab.dump(wanted, kept)
     live, batch = lab.live(wanted), collate(lab.store, rows)
     return batch, stored.features(batch, stored.fetch(rows)), live.features(batch, live.fetch(rows))
 
@@ -241,6 +254,48 @@ def test_half_precision_is_within_its_declared_error_and_derived_errors_are_of_t
         elif key.site == "attention_scores":
             seen = expected[expected > torch.finfo(torch.float32).min]
             assert (found[expected > torch.finfo(torch.float32).min] - seen).norm() / seen.norm() < 4 * max(error.values())
+
+
+def test_compressed_features_are_equal_to_the_bit(labs: Callable[[str], Lab]) -> None:
+    lab = labs("causal")
+    wanted = keys(("hidden.2", "attention_probs.3", "value.3", "lm_logits@labels:top8"))
+    _, stored, live = both(lab, wanted, lab.some_rows(32, 9), "compressed")
+    info = lab.reopened().manifest.passes[lab.passes[wanted, "compressed"]]
+    assert all(spec.compressed and spec.exact for spec in info.features)
+    for key in wanted:
+        assert all(torch.equal(*pair) for pair in zip(tensors(stored[key]), tensors(live[key]), strict=True)), key
+
+
+@pytest.mark.parametrize("kept", ["int8", "float8", "rounded"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mlm", "tinybert"), ("modern", "minilm"), ("packed", "hid_seq"), ("causal", "val_kl"), ("class", "hid_cls"), ("mlm", "lm_kd")],
+)
+def test_what_a_method_is_taught_is_within_the_declared_and_the_measured_errors(
+    name: str, method: str, kept: str, labs: Callable[[str], Lab]
+) -> None:
+    lab = labs(name)
+    wanted = parse_method(method, {}, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
+    rows = lab.some_rows(32, 9)
+    batch, stored, live = both(lab, wanted, rows, kept)
+    passed = lab.passes[wanted, kept]
+    specs = {spec.feature: spec for spec in lab.reopened().manifest.passes[passed].features}
+    measured = read_errors(lab.folder / "store", passed)
+    assert any(not spec.exact for spec in specs.values())
+    assert {spec.codec for spec in specs.values()} == {"cast" if kept == "rounded" else kept}
+    for key in wanted:
+        found, expected = dense(stored, key).double(), dense(live, key).double()
+        if key in specs:
+            bound = specs[key].error * expected.abs() + specs[key].error_of_largest * expected.abs().amax(-1, keepdim=True)
+            assert ((found - expected).abs() <= bound + 1e-6).all(), key
+        else:
+            where = expected > torch.finfo(torch.float32).min
+            if key.site in PAIRWISE:
+                where &= batch.mask[:, None, :, None]
+            error = (found - expected)[where].norm() / expected[where].norm()
+            assert 0 < error < 2 * measured[str(key)], key
+    found_loss, expected_loss = (float(learned(lab, method, {}, batch, features)[0]) for features in (stored, live))
+    assert found_loss == pytest.approx(expected_loss, rel=0.15)
 
 
 def test_a_store_answers_when_the_teacher_is_gone(labs: Callable[[str], Lab], tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store import FeatureKey, FeatureSpec, ModelShape, PassInfo, Provenance, Row, RowWriter, StoreWriter, Task, Wiring, feature_spec
-from store.features import Dtype
+from store.features import Compression, StoreDtype
+from store.shards import numpy_dtype
 
 MADE = Provenance(command=("test",), versions={"numpy": np.__version__}, created="2026-01-01T00:00:00Z")
 SHAPE = ModelShape(
@@ -36,8 +37,10 @@ class Made:
     """(key without pass, array) -> the stored values of each row."""
 
 
-def spec(key: str, dtype: Dtype = "float32", width: int = 8, ids: tuple[int, ...] = ()) -> FeatureSpec:
-    return feature_spec(FeatureKey.parse(key), dtype, width, ids)
+def spec(
+    key: str, dtype: StoreDtype = "float32", width: int = 8, ids: tuple[int, ...] = (), compression: Compression = "none"
+) -> FeatureSpec:
+    return feature_spec(FeatureKey.parse(key), dtype, width, ids, compression=compression)
 
 
 SPECS = (
@@ -63,10 +66,18 @@ def pass_info(specs: tuple[FeatureSpec, ...] = SPECS) -> PassInfo:
     )
 
 
-def make_rows(path: Path, groups: list[list[tuple[int, int]]], slot_tokens: int = 128, seed: int = 0) -> Made:
+def make_rows(
+    path: Path,
+    groups: list[list[tuple[int, int]]],
+    slot_tokens: int = 128,
+    seed: int = 0,
+    corpus: str = "c",
+    splits: tuple[str, str] = ("train", "dev"),
+    adding: bool = False,
+) -> Made:
     """Rows of the given (length, labelled tokens), by group."""
     rng, rows = np.random.default_rng(seed), []
-    with RowWriter(path, slot_tokens) as writer:
+    with RowWriter.adding(path) if adding else RowWriter(path, slot_tokens) as writer:
         for number, group in enumerate(groups):
             made = [
                 Row(
@@ -78,7 +89,7 @@ def make_rows(path: Path, groups: list[list[tuple[int, int]]], slot_tokens: int 
                     label=None if number % 3 else float(number),
                     group=number,
                     copy=0,
-                    split="dev" if number % 4 == 3 else "train",
+                    split=splits[number % 4 == 3],
                     source="text.jsonl",
                     record=number,
                     part=part,
@@ -89,7 +100,7 @@ def make_rows(path: Path, groups: list[list[tuple[int, int]]], slot_tokens: int 
             writer.append_group(made)
             rows += made
         writer.finish(
-            copies=1, bucket=16, objective="plain", task=Task(kind="none"), pad_id=0, tokenizer="t", corpus="c", building="b",
+            copies=1, bucket=16, objective="plain", task=Task(kind="none"), pad_id=0, tokenizer="t", corpus=corpus, building="b",
             options={"max_tokens": 16, "fields": ["text"]}, made=MADE,
         )  # fmt: skip
     return Made(path, rows)
@@ -108,11 +119,12 @@ def answers(
         key = feature.feature
         for array in feature.arrays:
             rng = np.random.default_rng([seed, shard, number])
-            dtype = np.dtype("uint16" if array.dtype == "bfloat16" else array.dtype)
+            dtype = numpy_dtype(array)
+            top = min(2**15, np.iinfo(dtype).max) if dtype.kind in "iu" else 0
             parts = []
             for row in np.flatnonzero(slots == shard):
                 shape = units(made.rows[row], key.positions), array.width
-                parts.append(rng.standard_normal(shape).astype(dtype) if dtype.kind == "f" else rng.integers(0, 2**15, shape, dtype))
+                parts.append(rng.standard_normal(shape).astype(dtype) if dtype.kind == "f" else rng.integers(0, top, shape, dtype))
                 made.values.setdefault((feature.key, array.name), [])
             made.values[feature.key, array.name] += parts
             arrays.setdefault(key, {})[array.name] = np.concatenate(parts)
@@ -120,10 +132,15 @@ def answers(
 
 
 def make_store(
-    path: Path, groups: list[list[tuple[int, int]]], specs: tuple[FeatureSpec, ...] = SPECS, slot_tokens: int = 128, seed: int = 0
+    path: Path,
+    groups: list[list[tuple[int, int]]],
+    specs: tuple[FeatureSpec, ...] = SPECS,
+    slot_tokens: int = 128,
+    seed: int = 0,
+    corpus: str = "c",
 ) -> Made:
     """A store with one complete pass, ``bert``."""
-    made = make_rows(path, groups, slot_tokens, seed)
+    made = make_rows(path, groups, slot_tokens, seed, corpus)
     statics = {"1.query.weight": np.arange(64, dtype=np.float32).reshape(8, 8), "1.query.bias": np.arange(8, dtype=np.uint16)}
     with StoreWriter.open(path) as writer:
         writer.add_pass("bert", pass_info(specs), statics)

@@ -26,8 +26,9 @@ def shape(head: str, labels: int = 2, vocab: int = 30) -> ModelShape:
 
 def rows(kind: str, objective: str = "plain", classes: tuple[str, ...] = ()) -> RowsInfo:
     return RowsInfo(
-        rows=1, tokens=1, slots=1, slot_tokens=128, copies=1, bucket=16, objective=objective, task=Task(kind=kind, classes=classes),
-        splits={"dev": 1}, parts=(), token_arrays=(), slot_crcs={}, pad_id=0, tokenizer="", corpus="", building="", options={},
+        rows=1, tokens=1, slots=1, slot_tokens=128, chunk_tokens=128, filled={"rows": (1,), "tokens": (1,), "labelled": (0,)},
+        copies=1, bucket=16, objective=objective, task=Task(kind=kind, classes=classes), splits={"dev": 1}, parts=(), token_arrays=(),
+        slot_crcs={}, pad_id=0, tokenizer="", building="", origins=({"corpus": "", "options": {}, "slots": 1},),
     )  # fmt: skip
 
 

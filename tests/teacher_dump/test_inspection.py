@@ -63,6 +63,41 @@ def test_a_damaged_shard_is_found_taken_back_and_made_again(store: Path, masked_
     assert teacher_dump("verify", store).code == 0
 
 
+def test_a_fast_look_finds_lost_files_and_leaves_flipped_bits_to_a_full_one(store: Path, teacher_dump: Run) -> None:
+    flipped = store / "bert/hidden.1/all/c.3.0"
+    data = bytearray(flipped.read_bytes())
+    data[777] ^= 1
+    flipped.write_bytes(data)
+    fast = teacher_dump("verify", store, "--fast")
+    assert fast.code == 0
+    assert "as far as sizes and indexes tell" in fast.out
+    assert teacher_dump("verify", store).code == 2
+    (store / "bert/hidden.2/first/c.5.0").unlink()
+    assert "c.5.0: the file is missing" in teacher_dump("verify", store, "--fast").out
+
+
+def test_status_tells_what_is_not_in_use_and_a_repair_frees_it(store: Path, teacher_dump: Run) -> None:
+    stray = store / "bert/hidden.1/all/c.999.0"
+    stray.write_bytes(bytes(12_000))
+    assert "that killed commands or dropped features have left" in teacher_dump("status", store).out
+    mended = teacher_dump("verify", store, "--repair")
+    assert mended.code == 0
+    assert "is whole" in mended.out
+    assert ": 1 files that nothing refers to" in mended.out
+    assert not stray.exists()
+    assert "not in use" not in teacher_dump("status", store).out
+
+
+def test_a_model_folder_that_leads_elsewhere_is_opened_by_nobody(store: Path, teacher_dump: Run, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (store / "model" / "bert" / "extra.json").symlink_to(secret)
+    for command in ("verify", "show"):
+        outcome = teacher_dump(command, store)
+        assert outcome.code == 2
+        assert "expected plain files, but extra.json is none" in outcome.out + outcome.err
+
+
 def test_a_lost_model_folder_is_found_and_ships_again(store: Path, masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
     shutil.rmtree(store / "model" / "bert")
     found = teacher_dump("verify", store)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,14 @@ BAD_RECIPES = {
     "words of another form": Bad("features.0", {"key": "hidden.1@all", "words": ["good"]}, ("select",)),
     "the same feature in two ways": Bad("features.0", {"key": "hidden.1@all", "dtype": "float16"}, ("hidden.1@all", "twice")),
     "no features": Bad("features", [], ("at least one", "teacher-dump rows")),
+    "a type that is none": Bad("dtype", "int4", ("dtype", "'int8'", "'float8'")),
+    "a misspelt option of a feature": Bad("features.0", {"key": "hidden.1@all", "keepbits": 4}, ("keepbits", "did you mean 'keep_bits'")),
+    "words in whole numbers": Bad("features.0", {"key": "lm_logits@masked:top8", "dtype": "int8"}, ("top8", "float16", "found int8")),
+    "more bits than a type has": Bad(
+        "features.0", {"key": "hidden.1@all", "dtype": "float16", "keep_bits": 11, "compression": "zstd"}, ("expected 1 to 10", "found 11")
+    ),
+    "bits of whole numbers": Bad("features.2", {"key": "hidden.1@all", "dtype": "int8", "keep_bits": 3}, ("int8 has no mantissa",)),
+    "fewer bits that save nothing": Bad("features.2", {"key": "hidden.1@all", "keep_bits": 3}, ("keep_bits", "compression: zstd")),
     "a layer that cannot ship": Bad("ship_layers", [7], ("blocks 1 to 2",)),
     "a reserved pass name": Bad("pass_name", "rows", ("rows",)),
     "an odd pass name": Bad("pass_name", "../up", ("pass_name", "found '../up'\n")),
@@ -183,11 +192,11 @@ def test_a_store_of_another_schema_is_refused(masked_recipe: Tree, write: Write,
     refuses(teacher_dump("rows", recipe), "schema version", "99")
 
 
-def test_two_dumps_into_one_store_are_refused(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
+def test_a_dump_into_a_store_that_is_changed_as_a_whole_is_refused(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
     recipe = write(masked_recipe)
     assert teacher_dump("rows", recipe).code == 0
-    with commits.locked(Path(masked_recipe["store"])):
-        refuses(teacher_dump("run", recipe), "another process")
+    with commits.exclusive(Path(masked_recipe["store"])):
+        refuses(teacher_dump("run", recipe), f"another process ({os.getpid()} on ")
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(
