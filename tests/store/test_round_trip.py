@@ -2,15 +2,17 @@
 
 import pickle
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_store import GROUPS, SPECS, Made, make_rows, make_store, spec, units
+from small_store import GROUPS, SPECS, Made, answers, make_rows, make_store, pass_info, spec, units
 
-from store import FeatureKey, MissingFeature, Row, RowWriter, Store, StoreError
+from store import FeatureKey, MissingFeature, Row, RowWriter, Store, StoreError, StoreWriter
+from store.verify import verify
 
 ROW = st.integers(1, 60).flatmap(lambda length: st.tuples(st.just(length), st.integers(0, length)))
 KEYS = [
@@ -54,6 +56,41 @@ def test_any_rows_read_back_bit_for_bit_in_any_order(groups, slot_tokens, keys, 
         for name in ("input_ids", "segments", "token_labels"):
             expected = np.concatenate([getattr(made.rows[row], name) for row in chosen])
             np.testing.assert_array_equal(store.tokens(name, chosen), expected)
+
+
+EDGE = st.sampled_from([1, 127, 128, 129, 1023, 1024, 1025])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.tuples(EDGE, st.sampled_from([0, 1, 127, 128, 129])), min_size=1, max_size=7),
+    slot_tokens=st.sampled_from([1152, 2048]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8", "float8"]),
+    compression=st.sampled_from(["none", "zstd"]),
+    writers=st.integers(1, 3),
+    mapped=st.booleans(),
+)
+def test_rows_at_the_edges_of_chunks_read_back_in_every_form_from_any_number_of_writers(
+    rows, slot_tokens, dtype, compression, writers, mapped
+) -> None:
+    specs = tuple(spec(key, dtype, 5, (), compression) for key in ("hidden.1@all", "final@first", "head_input@labels"))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, ExitStack() as open_writers:
+        patch.setattr("os.fsync", lambda file: None)
+        made = make_rows(Path(folder) / "store", [[(length, min(length, labelled))] for length, labelled in rows], slot_tokens)
+        world = [open_writers.enter_context(StoreWriter.open(made.path)) for _ in range(writers)]
+        for writer in world:
+            writer.add_pass("bert", pass_info(specs), {})
+        for shard in range(made_slots := world[0].manifest.rows.slots):
+            world[shard % writers].commit("bert", shard, answers(made, shard, specs, world[0].rows.columns.slot))
+        store = Store.open(made.path, mapped)
+        assert len(store.committed("bert")) == made_slots
+        chosen = np.random.default_rng(0).permutation(len(made.rows)).repeat(2)
+        for feature in specs:
+            for array, values in store.read(feature.feature.of("bert"), chosen).items():
+                expected = as_read(made, feature.key, array, chosen)
+                assert values.dtype == expected.dtype
+                assert values.tobytes() == expected.tobytes()
+        assert verify(made.path) == []
 
 
 def test_the_row_table_tells_where_rows_are_and_where_they_came_from(made: Made) -> None:
