@@ -15,22 +15,31 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from peers import PEERS
-from timing import ROOT, Run, Spent, against, in_turn, machine, save, settle, spent, summary
+from timing import ROOT, Compared, Pair, Run, in_pairs, machine, ratio, save, settle, spent, summary
 from workload import KEYS, PASS, ROWS, Ints, Read, Workload, array_name, commit_all, draw, gather, write_rows, writer_of
 
 from store import FeatureKey, Store
 
 OURS = "TeacherCache"
 MEMORY = "memory"
-WARM_SECONDS = 4.0
+WARM_SECONDS = 1.0
 """A reader that takes longer for all rows does not get to see all of them before it is timed; a few page faults are nothing to it."""
+
+SLOW_SECONDS = 5e-3
+"""A reader that takes longer for a batch reads a quarter as many in a round."""
+
+ROUNDS_SETTLED = 7
+"""Rounds until all files are put into other parts of memory."""
+
+SIZES = ((128, 32_768), (512, 32_768), (1024, 32_768), (2048, 32_768), (1024, 4096))
+"""Tokens of inner chunks and slots to compare; with the small slots nearly every row of a batch is in another file."""
 
 
 def open_ours(folder: Path, workload: Workload) -> Read:
@@ -55,19 +64,30 @@ def make_store(folder: Path, workload: Workload) -> None:
     assert names == list(workload.arrays)
 
 
-def readers(folder: Path, workload: Workload, options: argparse.Namespace) -> dict[str, Read]:
-    """Every reader, its files made and put into the page cache."""
-    found = {MEMORY: gather(list(workload.arrays.values()), workload)}
+def write_all(folder: Path, workload: Workload, only: list[str]) -> dict[str, Callable[[Path, Workload], Read]]:
+    """Every reader's files, in a folder of its own; how they are opened."""
+    found = {}
     for name, (write, opened, _) in {OURS: (make_store, open_ours, True), **PEERS}.items():
-        if options.only and name not in options.only:
-            continue
-        place = folder / name.replace(" ", "-")
-        if name != OURS:
-            place.mkdir()
-        write(place, workload)
-        settle(place, options.reread)
-        found[name] = opened(place, workload)
-        progress(f"{workload.name}: {name} written")
+        if not only or name in only:
+            if name != OURS:
+                place(folder, name).mkdir()
+            write(place(folder, name), workload)
+            found[name] = opened
+    progress(f"{workload.name}: written")
+    return found
+
+
+def place(folder: Path, name: str) -> Path:
+    """Where a reader's files are."""
+    return folder / name.replace(" ", "-")
+
+
+def settled(folder: Path, workload: Workload, opened: dict[str, Callable[[Path, Workload], Read]], reread: bool) -> dict[str, Read]:
+    """Every reader, newly opened, and the bound, all in parts of memory that they did not have before."""
+    found = {MEMORY: gather([array.copy() for array in workload.arrays.values()], workload)}
+    for name, opener in opened.items():
+        settle(place(folder, name), reread)
+        found[name] = opener(place(folder, name), workload)
     return found
 
 
@@ -84,46 +104,61 @@ def check(name: str, read: Read, workload: Workload, batches: list[Ints]) -> Non
                 raise SystemExit(f"{name} reads other values of {array} than were written")
 
 
-def warm(read: Read, batches: list[Ints]) -> None:
-    """Touch every page of a fast reader."""
+def warm(read: Read, batches: list[Ints]) -> float:
+    """Touch every page of a fast reader; how many seconds a batch took in the end."""
     end = time.perf_counter() + WARM_SECONDS
     for rows in batches:
+        start = time.perf_counter()
         read(rows)
-        if time.perf_counter() > end:
+        took = time.perf_counter() - start
+        if start + took > end:
             break
+    return took
 
 
-def interleaved(found: dict[str, Read], batches: list[Ints], each: int, rounds: int) -> dict[str, list[Spent]]:
-    """Every reader over the same ``each`` batches of a round, and over two more before them that are not timed."""
+def paired(
+    make: Callable[[], dict[str, Read]], workload: Workload, batches: list[Ints], options: argparse.Namespace
+) -> dict[str, list[Pair]]:
+    """Every reader over the batches of each round (slow ones over the first of them), and over two more before that are not timed.
 
-    def run(read: Read, first: int, stop: int) -> Run:
-        def batches_of(number: int) -> None:
-            for place in range(first, stop):
-                read(batches[(number * (each + 2) + place) % len(batches)])
+    ``make`` gives the readers; it is asked for them anew every ROUNDS_SETTLED rounds.
+    """
 
-        return batches_of
+    def run(read: Read, first: int, count: int) -> Run:
+        def of_round(number: int) -> None:
+            for each in range(first, first + count):
+                read(batches[(number * (options.batches + 2) + each) % len(batches)])
 
-    timed, before = ({name: run(read, *span) for name, read in found.items()} for span in ((2, each + 2), (0, 2)))
-    return in_turn(timed, rounds, before)
+        return of_round
+
+    pairs: dict[str, list[Pair]] = {}
+    for start in range(0, options.rounds, ROUNDS_SETTLED):
+        found = make()
+        compared: dict[str, Compared] = {}
+        counts: dict[str, int] = {}
+        for name, read in found.items():
+            check(name, read, workload, batches[:2])
+            count = options.batches if warm(read, batches) < SLOW_SECONDS else max(1, options.batches // 4)
+            compared[name] = Compared(run(read, 2, count), run(read, 0, 2), run(found[MEMORY], 2, count), run(found[MEMORY], 0, 2))
+            counts[name] = count
+        for name, more in in_pairs(compared, range(start, min(start + ROUNDS_SETTLED, options.rounds))).items():
+            pairs.setdefault(name, []).extend(Pair(one.each(counts[name]), reference.each(counts[name])) for one, reference in more)
+    return pairs
 
 
 def read_all(folder: Path, workload: Workload, batches: list[Ints], options: argparse.Namespace) -> dict[str, Any]:
-    """The interleaved comparison of all readers."""
-    found = readers(folder, workload, options)
-    for name, read in found.items():
-        check(name, read, workload, batches[:2])
-        warm(read, batches)
-    times = interleaved(found, batches, options.batches, options.rounds)
-    cpu, wall = against(times, MEMORY, "cpu"), against(times, MEMORY, "wall")
+    """The comparison of all readers."""
+    opened = write_all(folder, workload, options.only)
+    found = paired(lambda: settled(folder, workload, opened, options.reread), workload, batches, options)
     return {
         name: {
-            "cpu_ms": summary(1e3 * one.cpu / options.batches for one in each),
-            "wall_ms": summary(1e3 * one.wall / options.batches for one in each),
-            "cpu_over_memory": cpu[name],
-            "wall_over_memory": wall[name],
+            "cpu_ms": summary(1e3 * one.cpu for one, _ in pairs),
+            "wall_ms": summary(1e3 * one.wall for one, _ in pairs),
+            "cpu_over_memory": ratio(pairs, "cpu"),
+            "wall_over_memory": ratio(pairs, "wall"),
             "checksums": name == OURS or (name in PEERS and PEERS[name].checks),
         }
-        for name, each in times.items()
+        for name, pairs in found.items()
     }
 
 
@@ -137,8 +172,7 @@ def first_epoch(folder: Path, workload: Workload, batches: list[Ints], rounds: i
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
         raw, ours = (
-            opened(folder / name.replace(" ", "-"), workload)
-            for name, opened in (("raw memmap", PEERS["raw memmap"].opened), (OURS, open_ours))
+            opened(place(folder, name), workload) for name, opened in (("raw memmap", PEERS["raw memmap"].opened), (OURS, open_ours))
         )
         memory = gather(list(workload.arrays.values()), workload)
         for name, read in (("memory", memory), ("raw memmap, first", raw), ("raw memmap, later", raw), ("first", ours), ("later", ours)):
@@ -161,19 +195,13 @@ def chunks(name: str, scratch: Path, options: argparse.Namespace) -> dict[str, A
     """The store's reader over stores of other inner chunks, and of small slots (so that nearly every row is in another file)."""
     workload = draw(name, options.rows or ROWS[name])
     batches = list(workload.batches(32, 0))
-    found = {MEMORY: gather(list(workload.arrays.values()), workload)}
-    for chunk, slot in ((128, 32_768), (512, 32_768), (1024, 32_768), (2048, 32_768), (1024, 4096)):
-        sized = Workload(workload.name, workload.lengths, workload.arrays)
+    sizes = {f"chunk {chunk}, slot {slot}": (chunk, slot) for chunk, slot in SIZES}
+    for each, (chunk, slot) in sizes.items():
         with layout_of(chunk, slot):
-            place = scratch / f"{chunk}-{slot}"
-            make_store(place, sized)
-        settle(place, options.reread)
-        found[f"chunk {chunk}, slot {slot}"] = open_ours(place, workload)
-    for each, read in found.items():
-        check(each, read, workload, batches[:2])
-        warm(read, batches)
-    times = interleaved(found, batches, options.batches, options.rounds)
-    return against(times, MEMORY, "cpu")
+            make_store(place(scratch, each), Workload(workload.name, workload.lengths, workload.arrays))
+    opened = dict.fromkeys(sizes, open_ours)
+    found = paired(lambda: settled(scratch, workload, opened, options.reread), workload, batches, options)
+    return {each: ratio(pairs, "cpu") for each, pairs in found.items()}
 
 
 def progress(text: str) -> None:
@@ -201,7 +229,7 @@ def main() -> None:
     """Measure both workloads and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batches", type=int, default=8, help="read by each reader in a round")
+    parser.add_argument("--batches", type=int, default=16, help="read by each reader in a round")
     parser.add_argument("--batch-rows", type=int, default=32)
     parser.add_argument("--rows", type=int, help="of each workload; by default 4096 and 1024")
     parser.add_argument("--only", nargs="+", default=[], choices=[OURS, *PEERS], help="these readers beside memory")

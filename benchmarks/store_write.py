@@ -116,7 +116,7 @@ def measure(name: str, scratch: Path, options: argparse.Namespace) -> dict[str, 
             step(0)
         writer.settling.clear()
     timed, before, after = ({each: getattr(writer, step) for each, writer in found.items()} for step in ("timed", "before", "after"))
-    times = in_turn(timed, options.rounds, before, after)
+    times = in_turn(timed, before, after, options.rounds)
     reference = [one.wall for one in times[REFERENCE]]
 
     def rates(seconds: list[float]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ class Spent(NamedTuple):
     cpu: float
     """Of all threads of the process."""
 
+    def each(self, count: int) -> "Spent":
+        """For one of so many."""
+        return Spent(self.wall / count, self.cpu / count)
+
 
 def spent(action: Action) -> Spent:
     """What ``action`` takes."""
@@ -39,29 +44,56 @@ def spent(action: Action) -> Spent:
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def in_turn(
-    candidates: Mapping[str, Run], rounds: int, before: Mapping[str, Run] | None = None, after: Mapping[str, Run] | None = None
-) -> dict[str, list[Spent]]:
-    """Each candidate once a round, in random order, so that none always follows the same one; it is given the number of the round.
+class Pair(NamedTuple):
+    """One measurement, and the reference just before it."""
 
-    ``before`` and ``after`` hold what each does untimed around it. A reader reads something else first, so that it does not pay for
-    what another one left in the processor's caches.
+    one: Spent
+    reference: Spent
+
+
+class Compared(NamedTuple):
+    """What is timed, what the reference does for it, and what each does untimed first."""
+
+    timed: Run
+    before: Run
+    reference: Run
+    reference_before: Run
+
+
+def in_pairs(candidates: Mapping[str, Compared], rounds: Iterable[int]) -> dict[str, list[Pair]]:
+    """Each candidate once a round, in random order, and the reference before each of them: what disturbs one disturbs the other.
+
+    What is done untimed is there so that none pays for what another one left in the processor's caches.
     """
-    names = list(candidates)
-    rng = np.random.default_rng(0)
-    found: dict[str, list[Spent]] = {name: [] for name in names}
+    found: dict[str, list[Pair]] = {name: [] for name in candidates}
+    for number, name in shuffled(list(candidates), rounds):
+        timed, before, reference, reference_before = candidates[name]
+        reference_before(number)
+        base = spent(partial(reference, number))
+        before(number)
+        found[name].append(Pair(spent(partial(timed, number)), base))
+    return found
+
+
+def in_turn(timed: Mapping[str, Run], before: Mapping[str, Run], after: Mapping[str, Run], rounds: int) -> dict[str, list[Spent]]:
+    """Each candidate once a round, in random order; what ``before`` and ``after`` hold is not timed."""
+    found: dict[str, list[Spent]] = {name: [] for name in timed}
+    for number, name in shuffled(list(timed), range(rounds)):
+        before[name](number)
+        found[name].append(spent(partial(timed[name], number)))
+        after[name](number)
+    return found
+
+
+def shuffled(names: list[str], rounds: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """Number of the round and name, so that none always follows the same one."""
     gc.collect()
     gc.freeze()
-    for number in range(rounds):
-        for name in rng.permutation(names).tolist():
+    for number in rounds:
+        for name in np.random.default_rng(number).permutation(names).tolist():
             gc.collect()
-            if before:
-                before[name](number)
-            found[name].append(spent(lambda name=name, number=number: candidates[name](number)))
-            if after:
-                after[name](number)
+            yield number, name
     gc.unfreeze()
-    return found
 
 
 def summary(values: Iterable[float], digits: int = 4) -> dict[str, float]:
@@ -72,13 +104,9 @@ def summary(values: Iterable[float], digits: int = 4) -> dict[str, float]:
     return {"median": round(float(np.median(each)), digits), "low": round(float(low), digits), "high": round(float(high), digits)}
 
 
-def against(found: Mapping[str, list[Spent]], reference: str, of: str) -> dict[str, dict[str, float]]:
-    """Time (``wall`` or ``cpu``) of every candidate over that of ``reference`` in the same round."""
-    base = found[reference]
-    return {
-        name: summary(getattr(one, of) / getattr(other, of) for one, other in zip(times, base, strict=True))
-        for name, times in found.items()
-    }
+def ratio(pairs: Iterable[Pair], of: str) -> dict[str, float]:
+    """Time (``wall`` or ``cpu``) over that of the reference."""
+    return summary(getattr(one, of) / getattr(reference, of) for one, reference in pairs)
 
 
 def settle(folder: Path, reread: bool) -> None:
@@ -86,7 +114,8 @@ def settle(folder: Path, reread: bool) -> None:
 
     The kernel caches a file in units of 4 KB to 2 MB, depending on how it was written or read, and that alone can make a factor
     of two. So each file is written anew in large pieces, which gives large units. With ``reread`` it is then dropped from memory
-    and read from start to end, as after a restart: then the units depend on its length, and many small files do worse.
+    and read from start to end, as after a restart: then the units depend on its length, and many small files do worse. Each call
+    puts the files into other parts of memory, which on a virtual machine are not all equally fast.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         again = path.with_name(f".{path.name}.again")
