@@ -11,7 +11,7 @@ _FRAME = 16
 """Bytes of a blosc header; the four from the fifth on say how long the data is."""
 
 CONFIGURATION = {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0}
-"""As ``zarr.json`` names it. Higher levels gain 2 % in size at twice the time (docs/format.md)."""
+"""As ``zarr.json`` names it. On the demo's states level 3 gains 1 % in size at up to 1.2 times, level 5 no more at twice the time."""
 
 blosc.use_threads = False  # loader and writer processes are parallel already, and its threads do not survive a fork
 
@@ -22,7 +22,7 @@ def compress(values: NDArray[Any]) -> bytes:
     return bytes(codec.encode(values))
 
 
-def decompress(frame: bytes, size: int) -> bytes | None:
+def decompress(frame: bytes, size: int) -> NDArray[np.uint8] | None:
     """The ``size`` bytes inside a frame; None where it says that it holds another number or cannot be read.
 
     The size is looked at first, so that a forged frame cannot ask for gigabytes.
@@ -34,4 +34,4 @@ def decompress(frame: bytes, size: int) -> bytes | None:
         numcodecs.Blosc().decode(frame, out)
     except (RuntimeError, ValueError):
         return None
-    return out.tobytes()
+    return out

@@ -12,11 +12,11 @@ from store.commits import Commit
 from store.errors import CorruptShard
 from store.features import ITEM_BYTES
 from store.manifest import Manifest, PassInfo, RowsInfo, Static
-from store.opened import SlotFile
 from store.plain import open_plain, pieces, read_plain, why
 from store.publish import crc32c
 from store.rows import ROW_ARRAYS
 from store.shards import CRC_BYTES, Seal, Shard
+from store.slot_file import SlotFile
 from store.table import RowTable
 
 MOST_LISTED = 10_000

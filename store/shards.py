@@ -159,7 +159,7 @@ class Shard:
     def decoded(self, chunk: bytes) -> NDArray[Any] | None:
         """The [C, W] of a compressed chunk (without its checksum); None where it does not hold that."""
         data = decompress(chunk, self.chunk * self.unit_bytes)
-        return None if data is None else np.frombuffer(data, numpy_dtype(self.array)).reshape(self.chunk, self.array.width)
+        return None if data is None else data.view(numpy_dtype(self.array)).reshape(self.chunk, self.array.width)
 
 
 def write_slot(path: Path, values_UW: NDArray[Any], shard: Shard, put: Callable[[Path, Iterator[Bytes]], None] = publish) -> Seal:

@@ -15,10 +15,10 @@ from store.agreement import row_problems
 from store.commits import Commit
 from store.errors import CorruptShard, StoreError
 from store.manifest import SCHEMA, Manifest, Static, read_manifest
-from store.opened import SlotFile
 from store.publish import make_folder, replace
 from store.rows import ROW_ARRAYS
 from store.shards import Seal, Shard
+from store.slot_file import SlotFile
 from store.statics import static_problem
 from store.strays import Freed, remove, strays
 from store.table import RowTable

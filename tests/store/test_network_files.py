@@ -11,8 +11,8 @@ from small_store import GROUPS, SPECS, Made, make_store, spec
 
 from store import CorruptShard, Store
 from store.filesystem import is_network
-from store.opened import SlotFile
 from store.shards import Shard, write_slot
+from store.slot_file import SlotFile
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 23 22 0:21 / /proc rw,nosuid - proc proc rw
