@@ -1,9 +1,12 @@
-"""Kills a command at its n-th change to the disk: a real process, a real SIGKILL, every moment in turn."""
+"""Kills commands, at their n-th change to the disk or at random moments: real processes, real SIGKILLs."""
 
 import multiprocessing
 import os
+import random
 import signal
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CHANGES = ("fsync", "link", "unlink", "rename", "replace", "rmdir", "mkdir")
@@ -32,6 +35,22 @@ def killed_at(step: int, call: Callable[[], object]) -> bool:
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
+
+
+def killed_at_random(command: Sequence[object], kills: int, within: float, seed: int) -> None:
+    """Run ``command``, killing it so many times within seconds of its line "ready", until it says "done"."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    chance, killed, said = random.Random(seed), 0, ""
+    while "done" not in said:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=env)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if killed < kills:
+            time.sleep(chance.uniform(0, within))
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        said, _ = process.communicate(timeout=60)
 
 
 def content(store: Path) -> dict[str, bytes]:

@@ -1,12 +1,7 @@
 """Exports say what the store holds, to readers that know nothing of it; a killed one goes on."""
 
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_store import GROUPS, SPECS, Made, make_store, spec
+from step_kills import killed_at_random
 
 from store import FeatureKey, MissingFeature, Store, StoreBusy, StoreError, StoreWriter, feature_spec
 from store.commits import replay
@@ -245,18 +241,7 @@ print("done", flush=True)
 def test_a_killed_export_goes_on_and_ends_in_the_same_files(kind: Format, tmp_path: Path) -> None:
     made = make_store(tmp_path / "store", [[(60, 3)]] * 30)
     export(made.path, tmp_path / "whole", kind)
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    chance, kills, said = random.Random(2), 0, ""
-    while "done" not in said:
-        command = [sys.executable, "-c", EXPORT, str(made.path), str(tmp_path / "out"), kind]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        if kills < 3:
-            time.sleep(chance.uniform(0, 0.2))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        said, _ = process.communicate(timeout=60)
+    killed_at_random([sys.executable, "-c", EXPORT, made.path, tmp_path / "out", kind], kills=3, within=0.2, seed=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

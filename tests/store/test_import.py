@@ -3,12 +3,7 @@
 import itertools
 import json
 import math
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +25,7 @@ from foreign import (
     target,
     write_jsonl,
 )
+from step_kills import killed_at_random
 
 from store import FeatureKey, FingerprintMismatch, Store, StoreError, feature_spec
 from store.codecs.topk import NO_TAIL
@@ -281,19 +277,6 @@ def test_sources_that_change_between_rows_and_answers_are_noticed(tmp_path: Path
 def test_a_killed_import_starts_over_or_goes_on(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [scored_prompt(ids, 5, TABLE) for ids in sentences(80)])
     bring_in(log_probs(path), tmp_path / "whole")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    chance, kills, said = random.Random(4), 0, ""
-    while "done" not in said:
-        process = subprocess.Popen(
-            [sys.executable, HERE / "foreign.py", path, tmp_path / "store"], stdout=subprocess.PIPE, text=True, env=env
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        if kills < 5:
-            time.sleep(chance.uniform(0, 0.5))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        said, _ = process.communicate(timeout=60)
-    assert kills > 1
+    killed_at_random([sys.executable, HERE / "foreign.py", path, tmp_path / "store"], kills=5, within=0.5, seed=4)
     assert verify(tmp_path / "store") == []
     assert stored_bytes(tmp_path / "store") == stored_bytes(tmp_path / "whole")
