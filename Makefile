@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit install lock clean
+.PHONY: demo test lint unit drills install lock clean
 
 install: $(VENV)/installed
 
@@ -30,6 +30,11 @@ lint: install
 
 unit: install
 	$(BIN)/pytest
+
+# Hundreds of kills of ranks, full disks and failing file systems: ten to twenty minutes; strace and mounts are used where they are allowed.
+KILLS ?= 300
+drills: install
+	PYTHONPATH=tests/teacher_dump $(BIN)/python benchmarks/drills.py --kills $(KILLS) --save benchmarks/results/drills.json
 
 # The lock: what is installed now, torch aside (TORCH chooses it).
 lock: install

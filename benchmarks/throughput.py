@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from online.batch import Batch, Features
 from online.collate import collate
 from online.models import forward
+from online.replica import joined
 from online.teacher import Fetched
 from store.provenance import provenance
 from store.reader import Allocate, Store
@@ -47,10 +48,16 @@ from student_train.outline import outline
 from student_train.recipe import MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import train
+from teacher_dump.answering import Answering, Output
+from teacher_dump.batch_size import batch_tokens
 from teacher_dump.batches import cut, rows_of
-from teacher_dump.dump import answer_all, requested
+from teacher_dump.dump import requested
+from teacher_dump.pipeline import Pipeline, memory_limit
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.teacher import TeacherPass, load_pass
+from teacher_dump.stopping import GRACE, Stopping
+from teacher_dump.teacher import load_pass
+from teacher_dump.watch import Watch
+from teacher_dump.work import Work
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "demo"))
@@ -98,32 +105,33 @@ def ratios(bound: Callable[[], object], ours: Callable[[], object], rounds: int,
 
 def dump_against_forward(recipe: DumpRecipe, rounds: int) -> dict[str, object]:
     """The answering loop against the bare forward pass over batches that are in memory already."""
-    teacher, store = _teacher(recipe), Store.open(recipe.store)
-    rows = store.rows
-    batches = [
-        collate(store, members)
-        for shard in range(len(rows.slot_tokens))
-        for members in cut(rows, rows_of(rows, shard), recipe.batch_tokens)
-    ]
-    passes = iter(range(rounds + 1))
+    store, made = Store.open(recipe.store), provenance(sys.argv)
+    rows, (_, requests) = store.rows, requested(recipe)
+    with joined(1, grouped=False) as replica:
+        teacher = load_pass(recipe, requests, rows, made, replica)
+        teacher = teacher.batched(batch_tokens(recipe, store.manifest.passes[recipe.pass_name], teacher, store, replica))
+        batches = [
+            collate(store, members)
+            for shard in range(len(rows.slot_tokens))
+            for members in cut(rows, rows_of(rows, shard), teacher.batch_tokens)
+        ]
+        passes = iter(range(rounds + 1))
 
-    def bare() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                forward(teacher.loaded, batch)
+        def bare() -> None:
+            with torch.no_grad():
+                for batch in batches:
+                    forward(teacher.loaded, batch)
 
-    def whole() -> None:
-        name = f"round{next(passes)}"
-        with StoreWriter.open(recipe.store) as writer:
-            writer.add_pass(name, teacher.info, teacher.statics())
-            answer_all(teacher, store, writer, recipe.model_copy(update={"pass_name": name}))
+        def whole() -> None:
+            one = recipe.model_copy(update={"pass_name": f"round{next(passes)}"})
+            with StoreWriter.open(recipe.store) as writer, Stopping(GRACE) as stopping, Watch(one, replica, rows, made, stopping) as watch:
+                writer.add_pass(one.pass_name, teacher.info, teacher.statics())
+                limit = memory_limit(rows, teacher.specs)
+                with Pipeline(writer, one.pass_name, rows, teacher.specs, limit, watch.committed) as pipeline:
+                    work = Work(writer, one.pass_name, rows, teacher.batch_tokens)
+                    Answering(teacher, store, replica, Output(work, pipeline), watch, stopping).run()
 
-    return {"batches": len(batches), **ratios(bare, whole, rounds, rows.info.tokens)}
-
-
-def _teacher(recipe: DumpRecipe) -> TeacherPass:
-    _, requests = requested(recipe)
-    return load_pass(recipe, requests, Store.open(recipe.store).rows, provenance(sys.argv))
+        return {"batches": len(batches), "batch_tokens": teacher.batch_tokens, **ratios(bare, whole, rounds, rows.info.tokens)}
 
 
 def training_against_memory(recipe: TrainRecipe, rounds: int, scratch: Path) -> dict[str, object]:

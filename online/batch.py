@@ -6,6 +6,7 @@ its longest bucket.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +61,37 @@ class Batch:
             return torch.zeros_like(self.mask)
         return self.token_labels != IGNORED
 
+    @cached_property
+    def real(self) -> Tensor:
+        """[U] int64: where the tokens that are not padding stand among all B * T."""
+        return self.mask.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """[B * T - U] int64: where the others stand."""
+        return self.mask.logical_not().flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """[N] int64: where the labelled tokens stand among all B * T."""
+        return self.labelled.flatten().nonzero().squeeze(1)
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``."""
+        """The same batch on ``device``; what has to be counted is counted before, since a GPU that is asked how many is waited for."""
+        if device == self.mask.device:
+            return self
         tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return Batch(**moved)
+        present: dict[str, Any] = {name: None if tensor is None else _moved(tensor, device) for name, tensor in tensors.items()}
+        moved = Batch(**present)
+        vars(moved).update({name: _moved(getattr(self, name), device) for name in ("real", "padding", "scored")})
+        return moved
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, the only one from which a copy goes on by itself."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class TopK(NamedTuple):
@@ -123,5 +150,5 @@ def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
         total_BW = (value_BTW.float() * batch.mask[..., None]).sum(1)
         return (total_BW / batch.lengths[:, None]).to(value_BTW.dtype)
     if positions in ("masked", "labels"):
-        return value_BTW[batch.labelled]
+        return value_BTW.flatten(0, 1)[batch.scored]
     raise ValueError(f"{positions!r} is no choice of tokens")

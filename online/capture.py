@@ -91,12 +91,13 @@ class Capture:
     def _hook(self, site: Site) -> None:
         """Keep the first tensor that the module of ``site`` takes in or gives out."""
         module, takes_in, pick = _tap(self._loaded, site)
+        width = self._loaded.shape.width_of(site[0])
 
         def keep(tensor: object) -> None:
             if site not in self._values:
                 picked = pick(tensor)
                 assert isinstance(picked, Tensor), site
-                self._values[site] = picked
+                self._values[site] = self._loaded.weights.joined(picked, width) if site[0] in PROJECTIONS else picked
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             keep(args[0] if args else next(iter(kwargs.values())))
@@ -140,10 +141,15 @@ class Capture:
         """The head on the tokens of ``key`` alone: logits of a whole vocabulary for every token are rarely wanted."""
         head, cap = self._loaded.word_head, self._loaded.wiring.logit_cap
         assert head is not None
-        whole = key.positions in ("all", "mean")
+        whole, weights = key.positions in ("all", "mean"), self._loaded.weights
         input_BTW = self._value("head_input")
-        logits: Tensor = head(input_BTW if whole else take(input_BTW, batch, key.positions))
+        with weights.calling(head):
+            logits: Tensor = head(input_BTW if whole else take(input_BTW, batch, key.positions))
+        logits = weights.joined(logits, self._loaded.shape.vocab)
         logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        if key.positions == "all" and not logits.requires_grad:  # nobody else has them: masked where they lie
+            logits.view(-1, logits.shape[-1])[batch.padding] = 0
+            return logits.float()
         return _taken(logits, batch, key.positions) if whole else logits.float()
 
 

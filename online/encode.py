@@ -12,51 +12,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import IGNORED, Batch, Selected, TopK, Value, take
-from online.vocabulary import select, top_k
+from online.encoded import Encoded, as_stored
+from online.vocabulary import parts, select, top_k
 from store.codecs import float8, int8
 from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 """Packed arrays of one feature by name, [U, width]; bfloat16 and float8 as their bits in uint16 and uint8."""
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "uint16": torch.uint16,
-}
 _HELD = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 """Types that NumPy lacks, and those of their size that carry their bits."""
 
 
-def encode(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec, sources: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
-    """Pack, reduce and cast ``value`` on its device; array name -> [U, width], bfloat16 and float8 as their bits in uint16 and uint8.
+def encode_on_device(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec) -> Encoded:
+    """Pack, reduce and cast ``value`` on its device, without waiting for it but where likeliest words are compared with equal ones.
 
     Args:
         value: The feature in ``batch``; for the forms ``topK`` and ``select`` the logits themselves.
-        sources: Where each row of ``batch`` comes from, for the message below.
-
-    Raises:
-        ValueError: a number is not finite as stored; names row, feature and the way out.
     """
-    packed = reduced(key, packed_value(key, value, batch), batch, spec.ids)
+    packed = _packed_and_reduced(key, value, batch, spec.ids)
     if spec.codec in _LIMITS:
-        parts = _scaled(cast(Tensor, packed).reshape(-1, spec.arrays[0].width), spec.codec)
+        exacts = _scaled(cast(Tensor, packed).reshape(-1, spec.arrays[0].width), spec.codec)
     else:
-        parts = {array.name: cast(Tensor, getattr(packed, array.name) if array.name else packed) for array in spec.arrays}
-    arrays = {}
+        exacts = {array.name: cast(Tensor, getattr(packed, array.name) if array.name else packed) for array in spec.arrays}
+    arrays, largest = {}, {}
     for array in spec.arrays:
-        exact = parts[array.name].reshape(-1, array.width)
-        rounded = exact if array.keep_bits is None else _round_bits(exact, array.keep_bits)
-        stored = rounded.to(_DTYPES[array.dtype])
+        exact = exacts[array.name].reshape(-1, array.width)
+        stored = as_stored(exact, array)
         if stored.is_floating_point() and array.name != "values":  # a scale is finite exactly where its values are
-            _check_finite(key, array, exact, stored, batch, sources)
-        host = stored.view(_HELD.get(stored.dtype, stored.dtype)).cpu().numpy()
-        arrays[array.name] = host.view(np.uint16) if stored.dtype == torch.bfloat16 else host
-    return arrays
+            largest[array.name] = exact.abs().amax(1)
+        arrays[array.name] = stored.view(_HELD.get(stored.dtype, stored.dtype))
+    return Encoded(key, spec, arrays, largest)
+
+
+def encode(key: FeatureKey, value: Value, batch: Batch, spec: FeatureSpec, sources: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
+    """:func:`encode_on_device` and :meth:`Encoded.finished` in one, for those who wait."""
+    encoded = encode_on_device(key, value, batch, spec)
+    return encoded.on(tensor.cpu() for tensor in encoded.tensors).finished(batch, sources)
 
 
 def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -> Value:
@@ -78,11 +70,25 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
 
 def reduced(key: FeatureKey, packed: Value, batch: Batch, ids: Sequence[int] = ()) -> Value:
     """Packed logits [U, V] in the form that ``key`` names; anything else as it is."""
-    if not key.form or not isinstance(packed, Tensor):
-        return packed
+    return _form(key, packed, _labels(key, batch), ids) if key.form and isinstance(packed, Tensor) else packed
+
+
+def _packed_and_reduced(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[int]) -> Value:
+    """Logits of all tokens a few at a time: packing all of them first would double their memory, and the time that it takes to get it."""
+    if not key.form or not isinstance(value, Tensor) or key.positions != "all":
+        return reduced(key, packed_value(key, value, batch), batch, ids)
+    logits_NV, labels_U = value.flatten(0, 1), _labels(key, batch)
+    count = parts(value, len(batch.real))
+    places = zip(batch.real.tensor_split(count), labels_U.tensor_split(count), strict=True)
+    found = [_form(key, logits_NV.index_select(0, real_M), labels_M, ids) for real_M, labels_M in places]
+    columns = [torch.cat(column) for column in zip(*found, strict=True)]
+    return TopK(*columns) if isinstance(found[0], TopK) else Selected(found[0].ids, *columns[1:])
+
+
+def _form(key: FeatureKey, logits_MV: Tensor, labels_M: Tensor, ids: Sequence[int]) -> TopK | Selected:
     if key.form == "select":
-        return select(packed, ids, _labels(key, batch))
-    return top_k(packed, int(key.form.removeprefix("top")))
+        return select(logits_MV, ids, labels_M)
+    return top_k(logits_MV, int(key.form.removeprefix("top")))
 
 
 _LIMITS = {"int8": int8.LIMIT, "float8": float8.LIMIT}
@@ -93,27 +99,18 @@ def _scaled(values_UW: Tensor, codec: str) -> dict[str, Tensor]:
     """Numbers within the codec's range [U, W] and the scale of each unit [U, 1], float32, as store.codecs computes them."""
     limit, values_UW = _LIMITS[codec], values_UW.float()
     # Divided by a number that is no tensor of its own, a GPU would multiply with the reciprocal, which rounds differently.
-    scale_U1 = values_UW.abs().amax(1, keepdim=True) / torch.tensor(limit, device=values_UW.device)
+    scale_U1 = values_UW.abs().amax(1, keepdim=True) / torch.full((), limit, device=values_UW.device)
     if codec == "int8":
         scale_U1 = scale_U1.masked_fill(scale_U1 == float(int8.OVERFLOW), float(int8.BELOW_OVERFLOW))
     within_UW = (values_UW / scale_U1.masked_fill(scale_U1 == 0, 1.0)).clamp(-limit, limit)
     return {"values": within_UW.round() if codec == "int8" else within_UW, "scale": scale_U1}
 
 
-def _round_bits(values: Tensor, keep_bits: int) -> Tensor:
-    """``values`` as float32 with so many mantissa bits, to nearest even, as store.codecs.cast.round_bits does it."""
-    values = values.float()
-    dropped = 23 - keep_bits
-    bits = values.view(torch.int32)
-    rounded = (bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)) & (-1 << dropped)
-    return torch.where(values.isnan(), values, rounded.view(torch.float32))
-
-
 def packed_value(key: FeatureKey, value: Value, batch: Batch) -> Value:
     """``value`` without padding: [B, T, ...] becomes [U, ...]; values of rows and of labelled tokens are packed already."""
     if key.positions != "all":
         return value
-    return _each(value, lambda tensor: tensor[batch.mask])
+    return _each(value, lambda tensor: tensor.flatten(0, 1).index_select(0, batch.real))
 
 
 def padded_value(key: FeatureKey, value: Value, batch: Batch) -> Value:
@@ -142,7 +139,7 @@ def _labels(key: FeatureKey, batch: Batch) -> Tensor:
     """[U] the label of each unit of ``key``, IGNORED where it has none."""
     labels_BT = torch.full_like(batch.input_ids, IGNORED) if batch.token_labels is None else batch.token_labels
     if key.positions == "all":
-        return labels_BT[batch.mask]
+        return labels_BT.flatten()[batch.real]
     return take(labels_BT[..., None], batch, key.positions).squeeze(-1)
 
 
@@ -160,30 +157,3 @@ def from_numpy(array: NDArray[np.generic], dtype: Dtype, device: torch.device, w
     if dtype == "float8_e4m3fn":
         return torch.from_numpy(array).to(device).view(torch.float8_e4m3fn).to(wanted)
     return torch.from_numpy(array).to(device).to(wanted, copy=True)
-
-
-def _check_finite(key: FeatureKey, array: ArraySpec, exact: Tensor, stored: Tensor, batch: Batch, sources: Sequence[str]) -> None:
-    bad = ~stored.isfinite()
-    if array.name == "true_logit":  # NaN says that the token has no label
-        bad &= ~stored.isnan()
-    if not bad.any():
-        return
-    unit = int(bad.any(1).nonzero()[0])
-    row = int(_row_of_unit(key, batch)[unit])
-    source = f" ({sources[row]})" if sources else ""
-    where = f"{key} of row {int(batch.rows[row])}{source}"
-    if exact[unit].isfinite().all():
-        largest = torch.finfo(stored.dtype).max
-        raise ValueError(
-            f"{where}: {float(exact[unit].abs().max()):.4g} does not fit {array.dtype}, whose largest number is {largest:.4g}; "
-            f"store it with dtype: bfloat16 or float32"
-        )
-    raise ValueError(f"{where}: the teacher answers NaN or infinity; run it with dtype: float32, or check its weights")
-
-
-def _row_of_unit(key: FeatureKey, batch: Batch) -> Tensor:
-    """[U] index in the batch of the row that each unit of ``key`` belongs to."""
-    rows = torch.arange(len(batch.rows), device=batch.mask.device)
-    if key.per_row:
-        return rows
-    return rows.repeat_interleave(batch.lengths if key.positions == "all" else batch.labelled.sum(1))

@@ -69,11 +69,15 @@ class Family:
     """Attribute of the configuration that caps word logits."""
     may_be_bidirectional: bool = False
     """Whether ``use_bidirectional_attention`` is understood."""
+    split: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """Linear layers of a block whose outputs, and those whose inputs tensor parallelism splits; by transformers' own plan without."""
 
 
 _BERT_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 _LLAMA_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+_BERT_SPLIT = ((*_BERT_PROJECTIONS, "intermediate.dense"), ("attention.output.dense", "output.dense"))
 
 _ROBERTA = Family(
     block="encoder.layer.{i}",
@@ -83,6 +87,7 @@ _ROBERTA = Family(
     activation=lambda config: "gelu",
     segments=True,
     positions_after_padding=True,
+    split=_BERT_SPLIT,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -93,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         activation=lambda config: config.hidden_act,
         segments=True,
+        split=_BERT_SPLIT,
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
@@ -102,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         heads=ENCODER_HEADS,
         transform=("vocab_transform", "vocab_layer_norm"),
         activation=lambda config: config.activation,
+        split=(("attention.q_lin", "attention.k_lin", "attention.v_lin", "ffn.lin1"), ("attention.out_lin", "ffn.lin2")),
     ),
     "modernbert": Family(
         block="layers.{i}",

@@ -6,6 +6,8 @@ import json
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from online.sharding import Weights
+
 _NO_COMPUTATION = frozenset(
     {
         "architectures",
@@ -25,14 +27,18 @@ _NO_COMPUTATION = frozenset(
 """Entries of a configuration that leave a forward pass as it is; the dtype is that of the weights themselves."""
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all weights, and the configuration that shapes the computation."""
+def weights_fingerprint(model: PreTrainedModel, weights: Weights) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all weights, and the configuration that shapes the computation.
+
+    Sharded weights are gathered one after the other, so that the fingerprint is that of the model on one rank.
+    """
     digest = hashlib.sha256()
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_COMPUTATION and name[0] != "_"}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, lying in sorted(model.state_dict(keep_vars=True).items()):
+        tensor = weights.whole(lying)
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -4,8 +4,6 @@ Shapes: B rows, T padded tokens.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +26,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from online.batch import Batch
 from online.families import FAMILIES, Family, attention_implementation, read_wiring, submodule, typed_windows
 from online.fingerprints import weights_fingerprint
 from online.masks import document_masks, token_positions
+from online.quiet import quiet
+from online.ranks import talking
+from online.sharding import Sharding, ShardingError, Weights, Whole, loader
 from store.shape import Head, ModelShape, Wiring
 from store.strict import Strict, did_you_mean
 
@@ -90,6 +91,7 @@ class LoadedModel:
     shape: ModelShape
     wiring: Wiring
     family: Family
+    weights: Weights
     tokenizer: PreTrainedTokenizerBase | None = None
     custom: CustomModules | None = None
 
@@ -100,6 +102,7 @@ class LoadedModel:
         head: Head,
         tokenizer: PreTrainedTokenizerBase | None = None,
         custom: CustomModules | None = None,
+        weights: Weights | None = None,
     ) -> "LoadedModel":
         """Describe a model that is already in memory; its mode (train or eval) stays as it is.
 
@@ -108,7 +111,7 @@ class LoadedModel:
         """
         shape = model_shape(model.config, head, custom)
         family = FAMILIES[shape.family] if custom is None else Family(custom.block, (), (head,), final_norm=custom.final_norm)
-        loaded = cls(model, shape, read_wiring(model, family, shape), family, tokenizer, custom)
+        loaded = cls(model, shape, read_wiring(model, family, shape), family, weights or Whole(model), tokenizer, custom)
         for layer in range(1, shape.layers + 1):
             loaded.block(layer)
         return loaded
@@ -116,7 +119,7 @@ class LoadedModel:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the weights and of the configuration that shapes the computation."""
-        return weights_fingerprint(self.model)
+        return weights_fingerprint(self.model, self.weights)
 
     @property
     def body(self) -> nn.Module:
@@ -139,11 +142,15 @@ class LoadedModel:
         return head
 
 
-def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
-    """Load ``spec`` from disk, in eval mode, on the CPU; never from the network.
+def load_model(
+    spec: ModelSpec, *, attention: str | None = None, sharding: Sharding | None = None, device: torch.device | None = None
+) -> LoadedModel:
+    """Load ``spec`` from disk, in eval mode; never from the network.
 
     Args:
         attention: transformers' attention implementation; by default SDPA where the model has it (families.attention_implementation).
+        sharding: How it is to lie over the ranks of the default process group, all of which load it; not at all by default.
+        device: Where its weights go; the CPU by default.
 
     Raises:
         ValueError: the folder is missing, is no model folder, holds an encoder-decoder, an unknown family without
@@ -157,19 +164,23 @@ def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
         if not spec.new_head:
             raise ValueError(f"{spec.model} has {shape.labels} labels, expected {spec.labels}; new_head: true starts a new head")
         config.num_labels = spec.labels
-    with _quiet():
+    with quiet():
         try:
-            model, report = HEADS[spec.head].from_pretrained(  # type: ignore[attr-defined]
-                str(spec.model),
-                config=config,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=attention or attention_implementation(config.model_type),
-                trust_remote_code=spec.trust_remote_code,
-                ignore_mismatched_sizes=spec.new_head,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            arguments = {
+                "pretrained_model_name_or_path": str(spec.model),
+                "config": config,
+                "dtype": getattr(torch, spec.dtype),
+                "attn_implementation": attention or attention_implementation(config.model_type),
+                "trust_remote_code": spec.trust_remote_code,
+                "ignore_mismatched_sizes": spec.new_head,
+                "local_files_only": True,
+                "use_safetensors": True,
+            }
+            load = loader("none" if sharding is None else sharding.kind)
+            with talking():
+                model, report, weights = load(HEADS[spec.head], arguments, sharding or Sharding(), device or torch.device("cpu"))
+        except ShardingError:
+            raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ValueError(f"{spec.model} cannot be loaded with the head {spec.head}: {_first_line(error)}") from error
     _refuse_random_weights(spec, model, report)
@@ -178,7 +189,7 @@ def load_model(spec: ModelSpec, *, attention: str | None = None) -> LoadedModel:
     if model.config.pad_token_id is None and spec.head == "classification":
         # transformers refuses batches without one; which token answers for a row is read from the mask all the same
         model.config.pad_token_id = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules)
+    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules, weights)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -325,20 +336,6 @@ def _refuse_random_weights(spec: ModelSpec, model: PreTrainedModel, report: dict
         raise ValueError(f"{spec.model} lacks weights of the model itself, such as {min(body)} ({len(body)} in all)")
     if missing and not spec.new_head:
         raise ValueError(f"{spec.model} has no {spec.head} head that fits: it lacks {min(missing)}; new_head: true starts a new head")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading reports: what matters in them is an error here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

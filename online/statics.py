@@ -20,7 +20,7 @@ def live_statics(loaded: LoadedModel, names: Iterable[str]) -> dict[str, Tensor]
     """The weights ``names`` of the model as it runs, one module at a time; names that the model lacks are left out.
 
     The tensors are the live parameters (of fused projections views, [out, in] also where the model keeps [in, out]),
-    so gradients reach them.
+    so gradients reach them; of a sharded model they are copies, gathered by all of its ranks.
 
     Raises:
         ValueError: no such name, or a block out of range.
@@ -37,7 +37,7 @@ def _static(loaded: LoadedModel, name: str) -> Tensor | None:
     if not shape.attends and match["model"] != "head":
         return None
     if match["model"]:
-        return _parameter(_of_model(loaded, match["model"]), match["of_model"])
+        return _parameter(loaded, _of_model(loaded, match["model"]), match["of_model"])
     layer = int(match["layer"])
     if layer > shape.layers:
         raise ValueError(f"{name}: the model has blocks 1 to {shape.layers}")
@@ -45,10 +45,10 @@ def _static(loaded: LoadedModel, name: str) -> Tensor | None:
     if match["projection"]:
         return _projection(loaded, block, match["projection"], match["part"])
     if match["norm"]:
-        return None if family.norm is None else _parameter(submodule(block, family.norm), match["norm"])
+        return None if family.norm is None else _parameter(loaded, submodule(block, family.norm), match["norm"])
     if match["head_norm"]:
         path = None if family.head_norms is None else family.head_norms[_PROJECTIONS.index(match["head_norm"])]
-        return None if path is None else _parameter(submodule(block, path), "weight")
+        return None if path is None else _parameter(loaded, submodule(block, path), "weight")
     return _rotary(loaded, layer)
 
 
@@ -67,7 +67,7 @@ def _projection(loaded: LoadedModel, block: nn.Module, which: str, part: str) ->
     paths = loaded.family.projections
     index = _PROJECTIONS.index(which)
     module = submodule(block, paths[index] if len(paths) == 3 else paths[0])
-    tensor = _parameter(module, part)
+    tensor = _parameter(loaded, module, part)
     if tensor is None:
         return None
     if isinstance(module, Conv1D) and part == "weight":
@@ -80,11 +80,11 @@ def _rotary(loaded: LoadedModel, layer: int) -> Tensor | None:
         return None
     rotary = submodule(loaded.body, loaded.family.rotary)
     if hasattr(rotary, "inv_freq"):
-        return _parameter(rotary, "inv_freq")
-    return _parameter(rotary, f"{loaded.model.config.layer_types[layer - 1]}_inv_freq")
+        return _parameter(loaded, rotary, "inv_freq")
+    return _parameter(loaded, rotary, f"{loaded.model.config.layer_types[layer - 1]}_inv_freq")
 
 
-def _parameter(module: nn.Module | None, name: str) -> Tensor | None:
+def _parameter(loaded: LoadedModel, module: nn.Module | None, name: str) -> Tensor | None:
     tensor = getattr(module, name, None)
     assert tensor is None or isinstance(tensor, Tensor)
-    return tensor
+    return None if tensor is None else loaded.weights.whole(tensor)

@@ -1,6 +1,6 @@
 """Word logits made small: the K likeliest words with the mass of all others, or chosen words with the log-sum-exp.
 
-Shapes: M positions (the leading shape in one), V vocabulary, K kept words, n chosen words.
+Shapes: M positions (the leading shape in one), V vocabulary, G groups of words, N candidates, K kept words, n chosen words.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from online.batch import IGNORED, Selected, TopK
 
-CHUNK = 1 << 24
-"""Logits worked on at once: bounds what is needed beside them to a few 64 MB blocks."""
+CHUNK, CHUNK_ON_GPU = 1 << 20, 1 << 24
+"""Logits worked on at once: a few blocks of 4 MB beside them stay in a processor's caches, of 64 MB they keep a GPU busy. With blocks of
+64 MB the 64 likeliest of 30,522 words take a CPU 1.8 times as long."""
+
+GROUP = 16
+"""Words that are first compared by the highest of them: this halves the time in which a CPU finds the 64 likeliest of 30,522."""
 
 
 def top_k(logits: Tensor, k: int) -> TopK:
@@ -26,23 +30,23 @@ def top_k(logits: Tensor, k: int) -> TopK:
     words = logits.shape[-1]
     if k > words:
         raise ValueError(f"top{k}: the vocabulary has {words} words")
-    parts = []
-    for chunk_MV in logits.reshape(-1, words).split(max(1, CHUNK // words)):
+    found = []
+    for chunk_MV in _chunks(logits):
         chunk_MV = chunk_MV.float()
         top_MK, ids_MK = _likeliest(chunk_MV, k)
         rest_M = chunk_MV.scatter(-1, ids_MK, -torch.inf).logsumexp(-1)
         # torch.logaddexp rounds by a value's place in the tensor, so that a word's answer would depend on the batch.
         log_sum_exp_M = torch.stack([rest_M, top_MK.logsumexp(-1)], -1).logsumexp(-1)
         log_tail_M = (rest_M - log_sum_exp_M).clamp(min=torch.finfo(torch.float32).min)
-        parts.append(TopK(ids_MK, top_MK - log_sum_exp_M[:, None], log_tail_M))
+        found.append(TopK(ids_MK, top_MK - log_sum_exp_M[:, None], log_tail_M))
     lead = logits.shape[:-1]
-    ids, log_probs, log_tail = (torch.cat(column) for column in zip(*parts, strict=True))
+    ids, log_probs, log_tail = (torch.cat(column) for column in zip(*found, strict=True))
     return TopK(ids.reshape(*lead, k), log_probs.reshape(*lead, k), log_tail.reshape(lead))
 
 
 def _likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` highest logits and their words, [M, K] each. ``torch.topk`` leaves open which of equal ones it takes."""
-    top_MK, ids_MK = logits_MV.topk(min(k + 1, logits_MV.shape[1]))
+    top_MK, ids_MK = _highest(logits_MV, min(k + 1, logits_MV.shape[1]))
     tied_M = (top_MK[:, k - 1] == top_MK[:, -1]) & ~top_MK.isnan().any(-1)
     ids_MK = ids_MK[:, :k]
     if top_MK.shape[1] > k and tied_M.any():
@@ -55,6 +59,37 @@ def _likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_MK, ids_MK.gather(-1, order_MK)
 
 
+def _highest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk``; on a CPU among the words of the ``k`` groups with the highest maxima: no other word is higher than all of these."""
+    words = logits_MV.shape[1]
+    groups = words // GROUP
+    if logits_MV.is_cuda or groups < 2 * k:
+        top = logits_MV.topk(k)
+        return top.values, top.indices
+    maxima_MG = logits_MV[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
+    groups_MK = maxima_MG.topk(k, sorted=False).indices
+    grouped_MN = (groups_MK[:, None] + groups * torch.arange(GROUP)[:, None]).flatten(1)
+    others_MN = torch.arange(groups * GROUP, words).expand(len(logits_MV), -1)
+    candidates_MN = torch.cat([grouped_MN, others_MN], 1)
+    top_MK, place_MK = logits_MV.gather(1, candidates_MN).topk(k)
+    return top_MK, candidates_MN.gather(1, place_MK)
+
+
+def parts(logits: Tensor, rows: int) -> int:
+    """Into how many parts of about equal size ``rows`` rows of ``logits`` [..., V] are best divided.
+
+    No part is a single row where there are more: torch then sums it by several threads, which rounds differently.
+    """
+    at_once = max(3, (CHUNK_ON_GPU if logits.is_cuda else CHUNK) // logits.shape[-1])
+    return max(1, -(-rows // at_once))
+
+
+def _chunks(logits: Tensor) -> Sequence[Tensor]:
+    """``logits`` [..., V] in parts [M, V]."""
+    rows_MV = logits.reshape(-1, logits.shape[-1])
+    return rows_MV.tensor_split(parts(rows_MV, len(rows_MV)))
+
+
 def select(logits: Tensor, ids: Sequence[int], labels: Tensor) -> Selected:
     """Logits of the words ``ids`` and of each position's label, with the log-sum-exp of all words, float32.
 
@@ -62,9 +97,7 @@ def select(logits: Tensor, ids: Sequence[int], labels: Tensor) -> Selected:
         logits: [..., V].
         labels: [...] int64 true words; the true logit is NaN where it is IGNORED.
     """
-    chosen_n = torch.tensor(ids, dtype=torch.int64, device=logits.device)
-    words = logits.shape[-1]
+    chosen_n = torch.tensor(ids, dtype=torch.int64, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
     true = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).float()
-    chunks = logits.reshape(-1, words).split(max(1, CHUNK // words))
-    log_sum_exp = torch.cat([chunk_MV.float().logsumexp(-1) for chunk_MV in chunks]).reshape(labels.shape)
+    log_sum_exp = torch.cat([chunk_MV.float().logsumexp(-1) for chunk_MV in _chunks(logits)]).reshape(labels.shape)
     return Selected(chosen_n, logits[..., chosen_n].float(), true.masked_fill(labels == IGNORED, torch.nan), log_sum_exp)

@@ -21,7 +21,6 @@ from store.lines import Commit as Commit
 from store.locks import exclusive as exclusive
 from store.plain import open_plain
 from store.publish import replace, sync_folder
-from store.shards import Seal
 
 
 class Logs:
@@ -126,13 +125,13 @@ def replay(store: Path, damaged: bool = False) -> dict[str, dict[int, Commit]]:
     return Logs(store, damaged).committed
 
 
-def append(store: Path, pass_name: str, shard: int, files: dict[str, Seal], writer: int = 0, generation: int | None = None) -> None:
+def append(store: Path, commit: Commit, generation: int | None = None) -> None:
     """Commit a shard, durably. The caller holds the writer's place, or the whole store.
 
     Args:
         generation: That of the store, where the caller knows it.
     """
-    _append(store, Commit(pass_name, shard, files, writer), lines.generation(store) if generation is None else generation)
+    _append(store, commit, lines.generation(store) if generation is None else generation)
 
 
 def drop(store: Path, commit: Commit) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from store import commits, layout
 from store.building import RowWriter
+from store.commits import Commit
 from store.drop import Settle, matching
 from store.features import FeatureKey, FeatureSpec
 from store.linking import Links
@@ -22,6 +23,7 @@ from store.merge import Progress, check_same, link_feature, link_rows, link_weig
 from store.picked import Picked
 from store.reader import Store
 from store.recode import Keeping, recoded
+from store.schemas import LINKABLE
 from store.shards import Seal, token_chunk, write_slot
 from store.strict import did_you_mean
 from store.table import Ints
@@ -93,7 +95,9 @@ def copy(path: Path, new: Path, wanted: Wanted, made: Provenance, settle: Settle
                 first, after = target.rows.first[shard : shard + 2].tolist()
                 needed = {shard} if same else set(source.rows.at(picked.rows(first, after)).slot.tolist())
                 if shard not in done and needed <= have.keys():
-                    _copy_shard(source, target, name, pairs, shard, picked.rows(first, after), same, did)
+                    files = _copy_shard(source, target, name, pairs, shard, picked.rows(first, after), same, did)
+                    tokens = {have[number].batch_tokens or 0 for number in needed}  # the least says at least that they were others
+                    commits.append(new, Commit(name, shard, files, batch_tokens=min(tokens - {0}, default=None)))
                     did.shards += 1
                 did.pending += not needed <= have.keys()
                 progress(1, len(specs) * target.manifest.rows.slots)
@@ -162,7 +166,7 @@ def _slots_of(rows: RowsInfo) -> list[slice]:
 def _begin(picked: Picked, new: Path, passes: dict[str, PassInfo], made: Provenance, did: Copied) -> None:
     """Make the store ``new`` with its rows and weights, and no shard of its passes."""
     source = picked.source
-    own, kept = source.manifest.rows, source.manifest.schema_version == SCHEMA
+    own, kept = source.manifest.rows, source.manifest.schema_version in LINKABLE
     with RowWriter(new, own.slot_tokens, shlex.join(made.command)) as writer:
         if picked.whole and kept and own.chunk_tokens == token_chunk(own.slot_tokens):
             link_rows(source, new, own, 0, 0, did.links)
@@ -189,8 +193,10 @@ def _begin(picked: Picked, new: Path, passes: dict[str, PassInfo], made: Provena
         writer.publish(Manifest(schema_version=SCHEMA, rows=rows, passes=passes, made=made, history=history))
 
 
-def _copy_shard(source: Store, target: Store, name: str, pairs: Pairs, shard: int, members: Ints, same: bool, did: Copied) -> None:
-    """Put one shard of a pass into ``target`` and commit it: a link where the slot stays as it is, else values written anew.
+def _copy_shard(
+    source: Store, target: Store, name: str, pairs: Pairs, shard: int, members: Ints, same: bool, did: Copied
+) -> dict[str, Seal]:
+    """Put the files of one shard of a pass into ``target``: a link where the slot stays as it is, else values written anew.
 
     Args:
         members: Rows of ``source`` that the shard holds.
@@ -212,4 +218,4 @@ def _copy_shard(source: Store, target: Store, name: str, pairs: Pairs, shard: in
             files[array_name] = write_slot(path, arrays[array.name], target.rows.shard(array, new.feature.positions, shard))
             did.written += files[array_name].size
     did.links.sync()
-    commits.append(target.path, name, shard, files)
+    return files

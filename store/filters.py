@@ -18,6 +18,7 @@ from store.manifest import Task
 from store.reader import Store
 from store.strict import Strict, did_you_mean
 from store.table import Ints, RowTable
+from store.together import PassName, names, stored
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -105,11 +106,11 @@ Condition = Callable[[Ints], Mask]
 """Which of the rows with these numbers [n] (of one slot; ascending from call to call) meet it."""
 
 
-def conditions(where: Where, store: Store, pass_name: str | None) -> dict[str, Condition]:
+def conditions(where: Where, store: Store, pass_name: PassName | None) -> dict[str, Condition]:
     """The conditions of ``where`` on rows of ``store`` by name, cheap ones first.
 
     Args:
-        pass_name: The teacher whose answers count.
+        pass_name: The teacher's pass, or passes, whose answers count.
 
     Raises:
         ValueError: an unknown class name, or answers that are no distribution.
@@ -176,10 +177,10 @@ def _class_number(value: float | str, task: Task, table: RowTable) -> float:
     return float(task.classes.index(value))
 
 
-def _sureness(name: str, wanted: Sureness, store: Store, pass_name: str | None) -> Condition:
+def _sureness(name: str, wanted: Sureness, store: Store, pass_name: PassName | None) -> Condition:
     if pass_name is None:
         raise ValueError(f"where: {name}: give the data a pass_name, whose teacher it is about")
-    key = _answers(name, wanted, store, pass_name)
+    key = _answers(name, wanted, store, names(pass_name))
     spec = store.spec(key)
     if not key.form and spec.arrays[0].width < 2:
         raise ValueError(f"where: {name}: {key} is one number, which is no distribution over classes")
@@ -196,17 +197,21 @@ def _sureness(name: str, wanted: Sureness, store: Store, pass_name: str | None) 
     return holds
 
 
-def _answers(name: str, wanted: Sureness, store: Store, pass_name: str) -> FeatureKey:
+def _answers(name: str, wanted: Sureness, store: Store, passes: tuple[str, ...]) -> FeatureKey:
     """The stored feature that ``wanted`` is about."""
+    known, pass_name = store.manifest.passes, ", ".join(passes)
+    for one in passes:
+        if one not in known:
+            raise MissingFeature(f"{store.where} has no pass {one!r}{did_you_mean(one, sorted(known))}")
+    of_pass = {key: one for key, (one, _) in stored({one: known[one] for one in passes}).items()}
     if wanted.of is not None:
-        return FeatureKey.parse(wanted.of).of(pass_name)
-    if pass_name not in store.manifest.passes:
-        raise MissingFeature(f"{store.where} has no pass {pass_name!r}{did_you_mean(pass_name, sorted(store.manifest.passes))}")
-    keys = [spec.feature for spec in store.manifest.passes[pass_name].features]
+        key = FeatureKey.parse(wanted.of)
+        return key.of(of_pass.get(key.of(""), passes[0]))
+    keys = list(of_pass)
     of_rows = [key for key in keys if (key.site, key.positions) == ("task_logits", "row")]
     found = of_rows or [key for key in keys if key.site in ("task_logits", "lm_logits")]
     if len(found) == 1:
-        return found[0].of(pass_name)
+        return found[0].of(of_pass[found[0]])
     if found:
         raise ValueError(f"where: {name}: pass {pass_name} stores {', '.join(map(str, found))}; say which with {name}.of")
     raise MissingFeature(

@@ -14,8 +14,8 @@ from store.strict import Strict
 
 _COUNTED = {"rows", "tokens", "slots", "filled", "splits", "parts", "slot_crcs", "origins"}
 """Fields of RowsInfo that add up; all others must be alike."""
-_FOR_PEOPLE = {"model", "made"}
-"""Fields of a pass that say where it came from, not what it is."""
+FOR_PEOPLE = {"model", "made", "batch_tokens"}
+"""Fields of a pass that say how it was made, not what it is."""
 
 
 Identities = Callable[[str, int], pa.Table]
@@ -83,11 +83,13 @@ def joined_passes(stores: Mapping[str, Manifest]) -> dict[str, PassInfo]:
         for name, info in manifest.passes.items():
             known = passes.setdefault(name, info)
             first.setdefault(name, store)
-            if field := different(known, info, _FOR_PEOPLE):
+            if field := different(known, info, FOR_PEOPLE):
                 raise FingerprintMismatch(
                     f"pass {name} of {store} has another {field} than that of {first[name]}: expected {short(getattr(known, field))}, "
                     f"found {short(getattr(info, field))}; passes of one name must be the same teacher's same answers"
                 )
+            if info.batch_tokens is None:  # nothing may be said of all shards then
+                passes[name] = known.model_copy(update={"batch_tokens": None})
     return passes
 
 

@@ -2,7 +2,8 @@
 
 ``{"pass", "shard", "files": {array: [bytes, crc32c]}}`` commits a shard of a pass, ``{"pass", "shard", "drop": true}``
 takes it back. In the table, ``{"pass", "arrays", "shards", "bytes", "crc32c"}`` commits many shards that have the same
-arrays, with a list of numbers for each; its first line is ``{"generation", "lines"}``.
+arrays, with a list of numbers for each; its first line is ``{"generation", "lines"}``. Either kind of commit has
+``"batch_tokens"`` where that is not the number of the pass.
 """
 
 import json
@@ -40,6 +41,8 @@ class Commit:
     """Array (store.layout.array_name) -> length and checksum of the shard's file. A shard without any is taken back."""
     writer: int = 0
     """Whose log says so; where the table does, whose log takes it back."""
+    batch_tokens: int | None = None
+    """Padded tokens of the teacher's batches where they were not those of the pass."""
 
 
 class Table(NamedTuple):
@@ -78,7 +81,9 @@ def line(record: object) -> bytes:
 def commit_line(commit: Commit) -> bytes:
     """The line that commits one shard, or takes it back."""
     where = {"pass": commit.pass_name, "shard": commit.shard}
-    return line({**where, "files": {name: list(seal) for name, seal in commit.files.items()}} if commit.files else {**where, "drop": True})
+    if not commit.files:
+        return line({**where, "drop": True})
+    return line({**where, **_batches(commit), "files": {name: list(seal) for name, seal in commit.files.items()}})
 
 
 def commits_of(of_line: bytes, writer: int = 0) -> list[Commit] | None:
@@ -86,28 +91,30 @@ def commits_of(of_line: bytes, writer: int = 0) -> list[Commit] | None:
     try:
         record = parsed(of_line)
         pass_name = _of_type(str, record["pass"])
+        tokens = _number(record.get("batch_tokens", 0)) or None
         if "shards" in record:
             names = [_of_type(str, name) for name in record["arrays"]]
             rows = zip(_numbers(record["shards"]), record["bytes"], record["crc32c"], strict=True)
-            return [Commit(pass_name, shard, _files(names, sizes, crcs), writer) for shard, sizes, crcs in rows]
+            return [Commit(pass_name, shard, _files(names, sizes, crcs), writer, tokens) for shard, sizes, crcs in rows]
         if record.get("drop"):
             return [Commit(pass_name, _number(record["shard"]), {}, writer)]
         named = _of_type(dict, record["files"])
         files = _files(list(named), *zip(*named.values(), strict=True))
-        return [Commit(pass_name, _number(record["shard"]), files, writer)]
+        return [Commit(pass_name, _number(record["shard"]), files, writer, tokens)]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def table_bytes(generation: int, commits: Iterable[Commit]) -> bytes:
     """The table that says ``commits``."""
-    ordered = sorted(commits, key=lambda commit: (commit.pass_name, tuple(commit.files), commit.shard))
+    ordered = sorted(commits, key=lambda commit: (*_kind(commit), commit.shard))
     lines = []
-    for (pass_name, arrays), group in groupby(ordered, key=lambda commit: (commit.pass_name, tuple(commit.files))):
+    for (pass_name, arrays, _), group in groupby(ordered, key=_kind):
         alike = list(group)
         for some in (alike[start : start + _MANY] for start in range(0, len(alike), _MANY)):
             record = {
                 "pass": pass_name,
+                **_batches(alike[0]),
                 "arrays": arrays,
                 "shards": [commit.shard for commit in some],
                 "bytes": [[seal.size for seal in commit.files.values()] for commit in some],
@@ -161,6 +168,15 @@ def parsed(of_line: bytes) -> dict[str, Any]:
     if not of_line.endswith(b"\n") or digits != b"%08x" % crc32c(text):
         raise ValueError("the line fails its checksum")
     return _of_type(dict, load_json(text))
+
+
+def _kind(commit: Commit) -> tuple[str, tuple[str, ...], int]:
+    """What commits of one line of the table have in common."""
+    return commit.pass_name, tuple(commit.files), commit.batch_tokens or 0
+
+
+def _batches(commit: Commit) -> dict[str, int]:
+    return {} if commit.batch_tokens is None else {"batch_tokens": commit.batch_tokens}
 
 
 def _files(names: Sequence[str], sizes: Sequence[Any], crcs: Sequence[Any]) -> dict[str, Seal]:

@@ -164,7 +164,19 @@ def _locked(lock: int, kind: int) -> bool:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise StoreError(
+            f"cannot lock {_name(lock)}: {error.strerror}; look whether its file system is mounted with locks (flock)"
+        ) from error
     return True
+
+
+def _name(handle: int) -> str:
+    """The path of an open file, where Linux tells it."""
+    try:
+        return str(Path(f"/proc/self/fd/{handle}").readlink())
+    except OSError:
+        return "a file of the store"
 
 
 def _is_brief(lock: int) -> bool:

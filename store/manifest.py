@@ -25,7 +25,7 @@ from store.shape import ModelShape, Wiring
 from store.shards import CHUNK, MOST_SLOT_TOKENS
 from store.strict import Many, Strict, brief, load_json, parse
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]
@@ -165,6 +165,9 @@ class PassInfo(Strict):
     shipped: bool
     """Whether model/<pass>/ holds blocks to initialise students from (its configuration and tokenizer always ship)."""
     made: Provenance
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens of a teacher batch, as the first start found or was told; a commit says where a shard was answered with others.
+    None where that is not known: imported, or written by schema 1 or 2."""
 
     @property
     def imported(self) -> bool:

@@ -58,11 +58,13 @@ def merge(new: Path, paths: Sequence[Path], made: Provenance, progress: Progress
         for store in stores.values():
             numbers += link_rows(store, new, rows, base, parts, links)
             for name in store.manifest.passes:
+                info = store.manifest.passes[name]
                 for shard, commit in store.committed(name).items():
                     files: dict[str, Seal] = {}
-                    for spec in store.manifest.passes[name].features:
+                    for spec in info.features:
                         files |= link_feature(store, new, commit, spec, base + shard, links)
-                    done.append(Commit(name, base + shard, files))
+                    tokens = commit.batch_tokens or info.batch_tokens
+                    done.append(Commit(name, base + shard, files, batch_tokens=None if tokens == passes[name].batch_tokens else tokens))
                     progress(1, shards)
             base += store.manifest.rows.slots
             parts += len(store.manifest.rows.parts)

@@ -19,6 +19,7 @@ from store.filters import Mask, Sources, Where, conditions
 from store.reader import Store
 from store.rows import NUMBERS
 from store.table import Ints
+from store.together import PassName
 
 REMEMBERED = 256
 """Slots of a large store whose units are kept in memory."""
@@ -125,11 +126,11 @@ def units_in(numbers: NDArray[np.int32], first: int, split: int | None, kept: Ma
     return units, copies
 
 
-def pools(store: Store, split: str | None = None, where: Where | None = None, pass_name: str | None = None) -> tuple[Pool, ...]:
+def pools(store: Store, split: str | None = None, where: Where | None = None, pass_name: PassName | None = None) -> tuple[Pool, ...]:
     """The units of ``split`` (all with None) that meet ``where``, a pool for each masking copy; looks at all rows once.
 
     Args:
-        pass_name: The teacher pass whose answers ``where`` is about.
+        pass_name: The teacher pass, or passes, whose answers ``where`` is about.
 
     Raises:
         ValueError: no such split, or nothing meets the conditions; the message says how many rows each of them left.

@@ -39,7 +39,7 @@ def publish(path: Path, pieces: Iterable[Bytes], writer: int = 0) -> None:
     """
     temporary = layout.temporary(path, writer)
     try:
-        with _writing(path):
+        with writing(path):
             _write(temporary, pieces)
             sync_file(temporary)
             _name(temporary, path)
@@ -66,14 +66,14 @@ class Batch:
         """Write the temporary file of ``path``; StoreError where that fails."""
         temporary = layout.temporary(path, self._writer)
         self._paths.append(path)
-        with _writing(path):
+        with writing(path):
             _write(temporary, pieces)
             self._syncing.append(self._pool.submit(sync_file, temporary))
 
     def prepare(self) -> None:
         """Wait until the content of every file is durable; StoreError where that fails."""
         for path, syncing in zip(self._paths, self._syncing, strict=True):
-            with _writing(path):
+            with writing(path):
                 syncing.result()
 
     def settle(self) -> None:
@@ -84,12 +84,12 @@ class Batch:
         """
         self.prepare()
         for path in self._paths:
-            with _writing(path):
+            with writing(path):
                 _name(layout.temporary(path, self._writer), path)
                 self._named.append(path)
         folders = list(dict.fromkeys(path.parent for path in self._paths))
         for folder, syncing in [(folder, self._pool.submit(sync_folder, folder)) for folder in folders]:
-            with _writing(folder):
+            with writing(folder):
                 syncing.result()
         self._paths, self._named, self._syncing = [], [], []
 
@@ -106,7 +106,7 @@ def replace(path: Path, data: bytes, writer: int = 0) -> None:
     """Put ``data`` at ``path``, durably, whether or not there is a file."""
     temporary = layout.temporary(path, writer)
     try:
-        with _writing(path):
+        with writing(path):
             _write(temporary, [data])
             sync_file(temporary)
             temporary.replace(path)
@@ -163,11 +163,11 @@ def _name(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk, as an error that says how to go on."""
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk while ``path`` is written, as a StoreError that says how to go on."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"cannot write {path}: {error.strerror}; make room or rights and start again, what is committed is kept"
+            f"cannot write {path}: {error.strerror or error}; make room or rights and start again, what is committed is kept"
         ) from error

@@ -20,6 +20,7 @@ from store import commits, hierarchy, layout, locks
 from store.commits import Commit, Logs
 from store.errors import FingerprintMismatch, StoreBusy, StoreError
 from store.features import FeatureKey, FeatureSpec
+from store.joins import FOR_PEOPLE, different
 from store.leases import Leases
 from store.locks import Place
 from store.manifest import SCHEMA, Manifest, PassInfo, Static, read_manifest
@@ -30,9 +31,6 @@ from store.table import RowTable
 
 FOLD = 512
 """Shards of which the commit logs speak when it pays to put them into the table."""
-
-_FOR_PEOPLE = {"made", "model"}
-"""Fields of a pass that say where it came from, not what it is."""
 
 
 class StoreWriter:
@@ -114,7 +112,7 @@ class StoreWriter:
                 layout.inside(self.path, layout.array(self.path, name, layout.array_name(feature.feature, array.name)))
         with self.announcing():
             known = self.manifest.passes.get(name)
-            if known is not None and (other := _other_field(known, info)):
+            if known is not None and (other := different(known, info, FOR_PEOPLE)):
                 self._give_way(name, known, info, other)
                 known = None
             manifest = self.manifest.model_copy(update={"passes": {**self.manifest.passes, name: known or info}})
@@ -147,11 +145,17 @@ class StoreWriter:
         """The other processes that write to the store now, as "another process (4711 on node7)"."""
         return list(locks.at_work(self.path, self._place.number).values())
 
-    def commit(self, pass_name: str, shard: int, arrays: Mapping[FeatureKey, Mapping[str, NDArray[Any]]]) -> None:
-        """Store the answers for one shard, whole or not at all; it is claimed first if it was not yet.
+    def commit(
+        self,
+        pass_name: str,
+        shard: int,
+        arrays: Mapping[FeatureKey, Mapping[str, NDArray[Any]]],
+        batch_tokens: int | None = None,
+    ) -> int:
+        """Store the answers for one shard, whole or not at all; it is claimed first if it was not yet. The bytes of its files.
 
         ``arrays`` holds for each key its arrays as their codec encodes them, packed [units of the shard, width] in the
-        order of the rows.
+        order of the rows. ``batch_tokens`` is recorded where it is not that of the pass.
 
         Raises:
             StoreBusy: another writer works on the shard, or has taken it over.
@@ -176,9 +180,11 @@ class StoreWriter:
                     for leftover in (path, *(layout.temporary(path, number) for number in others)):
                         leftover.unlink(missing_ok=True)
                 batch.settle()
-                commits.append(self.path, pass_name, shard, files, self._place.number, self._logs.generation)
+                other = None if batch_tokens == self.manifest.passes[pass_name].batch_tokens else batch_tokens
+                commits.append(self.path, Commit(pass_name, shard, files, self._place.number, other), self._logs.generation)
         self._written.add(pass_name)
         self._leases.release(pass_name, shard)
+        return sum(seal.size for seal in files.values())
 
     def close(self) -> None:
         """Give the writer's place and claims up, and fold the commit logs if a pass is complete and nobody else writes."""
@@ -248,12 +254,6 @@ class StoreWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def _other_field(known: PassInfo, info: PassInfo) -> str | None:
-    """The first field in which ``info`` is another pass than the ``known`` one."""
-    different = (field for field in PassInfo.model_fields if getattr(known, field) != getattr(info, field))
-    return next((field for field in different if field not in _FOR_PEOPLE), None)
 
 
 def _short(value: object) -> str:

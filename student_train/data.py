@@ -21,6 +21,7 @@ from store.filters import Where
 from store.order import Order, Shuffle
 from store.pool import pools
 from store.reader import Allocate, Store
+from store.together import PassName
 from student_train.micro_batch import MicroBatch
 from student_train.recipe import DataSpec
 
@@ -36,7 +37,7 @@ class Source:
     """None: rows without features, from which only methods without a teacher learn."""
     split: str | None = "train"
     weight: float = 1.0
-    pass_name: str | None = None
+    pass_name: PassName | None = None
     """Whose answers ``where`` is about."""
     where: Where | None = None
     shuffle: Shuffle = "random"

@@ -19,6 +19,7 @@ from online.teacher import Teacher
 from store.filters import Where
 from store.pool import pools
 from store.reader import Store
+from store.together import PassName
 from student_train.bundle import Bundle
 from student_train.metrics import COLUMNS, METRICS, student_keys
 
@@ -41,7 +42,7 @@ class HeldOut:
 
 
 def held_out_rows(
-    store: Store, split: str, limit: int | None, where: Where | None = None, pass_name: str | None = None
+    store: Store, split: str, limit: int | None, where: Where | None = None, pass_name: PassName | None = None
 ) -> NDArray[np.int64]:
     """Rows of ``split`` in their order, at most ``limit`` (a group is never cut: the last one may go over it).
 

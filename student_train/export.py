@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from transformers.utils import logging as transformers_logging
 
 from online.models import HEADS, LoadedModel
+from online.quiet import quiet
 from store.manifest import Provenance
 from store.publish import sync_file, sync_folder
 from student_train.recipe import PhaseSpec
@@ -50,11 +50,8 @@ def export(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    transformers_logging.disable_progress_bar()
-    try:
+    with quiet():
         student.model.save_pretrained(writing)
-    finally:
-        transformers_logging.enable_progress_bar()
     if student.tokenizer is not None:
         student.tokenizer.save_pretrained(str(writing))
     (writing / "README.md").write_text(model_card(student, lineage, before, after), encoding="utf-8")

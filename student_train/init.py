@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from online.families import FAMILIES, attention_implementation
 from online.models import HEADS, CustomModules, LoadedModel, ModelSpec, load_config, load_model, load_tokenizer, model_shape
+from online.quiet import quiet
 from store.manifest import Task
 from store.shape import Head, ModelShape
 from store.strict import did_you_mean
@@ -170,7 +170,7 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> Start:
     shape = blueprint.shape  # says so if the family or the head is unknown
     weights = read_weights(source, config.model_type, blueprint.blocks or range(1, shape.layers + 1))
     model_class = _on_paper(blueprint)
-    with _quiet(), _plain_errors(str(source.folder)):
+    with quiet(), _plain_errors(str(source.folder)):
         model, report = model_class.from_pretrained(
             None,
             config=config,
@@ -251,16 +251,3 @@ def _plain_errors(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error.__cause__ or error}") from None
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' load report: the notices say it."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

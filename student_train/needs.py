@@ -7,12 +7,15 @@ import yaml
 
 from store.features import FeatureKey
 from store.remote import url_of
+from store.together import names
 from student_train.outline import Outline, outline
 from student_train.recipe import TrainRecipe
 
 
 def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
     """YAML for dump recipes, one document for each pass: store, pass_name, features and the blocks that students start from.
+
+    Of several passes that are read as one it names the first: `teacher-dump add` finds out what is new.
 
     Args:
         teacher: Folder of the teacher (its configuration is enough), for stores that do not exist yet.
@@ -25,8 +28,8 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
     for recipe in recipes:
         for phase in recipe.phases:
             one = outline(recipe, phase, teacher)
-            for place, keys in one.passes.items():
-                features.setdefault(place, set()).update(keys)
+            for (store, pass_name), keys in one.passes.items():
+                features.setdefault((store, names(pass_name)[0]), set()).update(keys)
             shipped = _shipped(one)
             if shipped is not None:
                 blocks.setdefault(shipped, set()).update(_blocks(one))
@@ -47,7 +50,7 @@ def _shipped(one: Outline) -> tuple[Path, str] | None:
     student = one.phase.student
     if student.layers is None or student.source is not None:
         return None
-    return next(((data.store, data.pass_name) for data in one.phase.data if data.pass_name is not None), None)
+    return next(((data.store, names(data.pass_name)[0]) for data in one.phase.data if data.pass_name is not None), None)
 
 
 def _blocks(one: Outline) -> tuple[int, ...]:

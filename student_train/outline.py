@@ -16,6 +16,7 @@ from store.reader import Store
 from store.remote import url_of
 from store.shape import Head, ModelShape
 from store.strict import did_you_mean
+from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
 from student_train.init import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
 from student_train.methods import parse_method
@@ -25,8 +26,8 @@ from student_train.output import student_folder
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 
 Keys = frozenset[FeatureKey]
-Passes = dict[tuple[Path, str], Keys]
-"""(store, pass) -> the features that are read of it."""
+Passes = dict[tuple[Path, PassName], Keys]
+"""(store, pass or passes) -> the features that are read of them."""
 
 HEAD_OF: dict[str, Head] = {
     "ForMaskedLM": "masked_lm",
@@ -130,12 +131,15 @@ def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
 def _teacher_shape(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> ModelShape | None:
     if data.pass_name is None:
         return None
-    if manifest is not None and data.pass_name in manifest.passes:
-        return manifest.passes[data.pass_name].shape
+    passes = {} if manifest is None else manifest.passes
+    lacking = [name for name in names(data.pass_name) if name not in passes]
+    if not lacking:
+        own = {name: passes[name] for name in names(data.pass_name)}
+        check_same_teacher(own)
+        return next(iter(own.values())).shape
     if teacher is not None:
         return model_shape(load_config(teacher), folder_head(teacher))
-    assert manifest is not None
-    raise MissingFeature(f"{data.store} has no pass {data.pass_name!r}{did_you_mean(data.pass_name, sorted(manifest.passes))}")
+    raise MissingFeature(f"{data.store} has no pass {lacking[0]!r}{did_you_mean(lacking[0], sorted(passes))}")
 
 
 def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Blueprint:
@@ -159,8 +163,11 @@ def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
         if data.pass_name is None:
             continue
         manifest = _manifest(data.store, teacher)
-        if manifest is not None and data.pass_name in manifest.passes and not manifest.passes[data.pass_name].imported:
-            return Source(Store.open(data.store).shipped(data.pass_name), manifest.passes[data.pass_name].shape.head, data.pass_name)
+        passes = {} if manifest is None else manifest.passes
+        own = [name for name in names(data.pass_name) if name in passes and not passes[name].imported]
+        if own:
+            name = next((name for name in own if passes[name].shipped), own[0])
+            return Source(Store.open(data.store).shipped(name), passes[name].shape.head, name)
     if teacher is not None:
         return Source(teacher, folder_head(teacher))
     raise ValueError("student: layers and random need a source: give student.source, or data with a pass_name")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from store.manifest import Json, Manifest, Provenance
+from store.manifest import Json, Provenance
 from store.publish import make_folder, replace
 from store.reader import Store
 from store.strict import parse
+from store.together import fingerprint
 from student_train import checkpoint
 from student_train.arguments import fixed_on_resume
 from student_train.recipe import PhaseSpec, TrainRecipe
@@ -76,7 +77,7 @@ def identity(recipe: TrainRecipe, phase: PhaseSpec) -> Json:
     tree["seed"] = recipe.seed
     manifests = {data.store: Store.open(data.store).manifest for data in phase.data}
     tree["rows"] = [f"{manifests[data.store].rows.corpus} {manifests[data.store].rows.building}" for data in phase.data]
-    tree["teachers"] = [_teacher(manifests[data.store], data.pass_name) for data in phase.data]
+    tree["teachers"] = [fingerprint(manifests[data.store].passes, data.pass_name) for data in phase.data]
     if phase.student.phase is not None:
         result = _read(phase_folder(recipe, phase.student.phase) / RESULT)
         tree["earlier student"] = result["student"] if result else None
@@ -142,10 +143,6 @@ def _other_options(recipe: TrainRecipe, phase: PhaseSpec) -> list[str]:
         return []
     now = identity(recipe, phase)
     return sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))
-
-
-def _teacher(manifest: Manifest, pass_name: str | None) -> str | None:
-    return manifest.passes[pass_name].teacher if pass_name in manifest.passes else None
 
 
 def _read(file: Path) -> Json:

@@ -11,6 +11,7 @@ from store.filters import Where
 from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
+from store.together import PassName
 
 
 class DataSpec(Strict):
@@ -20,8 +21,9 @@ class DataSpec(Strict):
     split: str = "train"
     weight: float = Field(default=1.0, gt=0)
     """How often its rows come by in an epoch."""
-    pass_name: str | None = None
-    """Teacher pass to learn from; None where the store has no pass, or the phase no teacher."""
+    pass_name: PassName | None = None
+    """Teacher pass to learn from, or a list of passes that one teacher answered, which are read as one; None where the store has no
+    pass, or the phase no teacher."""
     where: Where | None = None
     """Take only the rows that meet these conditions."""
     follow: float | None = Field(default=None, gt=0)
@@ -34,6 +36,15 @@ class DataSpec(Strict):
     by_length: int | None = Field(default=None, ge=1)
     """Put rows of like length into a step, which saves padding: the rows of so many steps are sorted by length, and the steps mixed again;
     50 to 100 do well. With a store of billions of rows, take shuffle: block, or each step looks up lengths all over it."""
+
+    @field_validator("pass_name")
+    @classmethod
+    def _different(cls, value: PassName | None) -> PassName | None:
+        if not isinstance(value, tuple):
+            return value
+        if not value or len(set(value)) < len(value):
+            raise ValueError("expected a pass, or different passes of one teacher such as [bert, bert-2]")
+        return value[0] if len(value) == 1 else value
 
     @model_validator(mode="after")
     def _consistent_rows(self) -> "DataSpec":

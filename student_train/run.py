@@ -20,6 +20,7 @@ from store.features import FeatureKey
 from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
+from store.together import PassName, names
 from student_train.arguments import training_arguments
 from student_train.bundle import Bundle
 from student_train.data import Source
@@ -120,7 +121,7 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
         ValueError, StoreError: what does not fit; nothing was written.
     """
     outlines = [outline(recipe, phase) for phase in phases]
-    wanted: dict[tuple[Path, str], frozenset[FeatureKey]] = {}
+    wanted: dict[tuple[Path, PassName], frozenset[FeatureKey]] = {}
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
@@ -209,17 +210,18 @@ def _check_arguments(recipe: TrainRecipe, phase: PhaseSpec) -> None:
     )
 
 
-def _lack(store: Store, pass_name: str, keys: frozenset[FeatureKey], followed: bool) -> str:
+def _lack(store: Store, pass_name: PassName, keys: frozenset[FeatureKey], followed: bool) -> str:
     """What a pass lacks of ``keys``, and how to mend it; empty where all is there, or will be."""
     try:
-        StoredTeacher(store, pass_name, keys)
+        teacher = StoredTeacher(store, pass_name, keys)
     except MissingFeature as error:
         return str(error)
-    if followed or store.complete(pass_name):
+    unfinished = next((name for name in teacher.passes if not store.complete(name)), None)
+    if followed or unfinished is None:
         return ""
-    done, slots = len(store.committed(pass_name)), store.manifest.rows.slots
+    done, slots = len(store.committed(unfinished)), store.manifest.rows.slots
     return (
-        f"pass {pass_name} of {store.where} is unfinished ({done} of {slots} shards): start its dump again to go on, "
+        f"pass {unfinished} of {store.where} is unfinished ({done} of {slots} shards): start its dump again to go on, "
         "or give the data 'follow: SECONDS' to wait for the rest while it is dumped"
     )
 
@@ -247,10 +249,9 @@ def _teacher_lines(one: Outline, stores: dict[Path, Store]) -> list[str]:
     passes = {(data.store, data.pass_name) for data in one.phase.data if data in one.taught}
     lines = []
     for path, name in sorted(passes, key=str):
-        info = stores[path].manifest.passes[name or ""]
-        lines.append(
-            f"pass `{name}` of `{path}`: `{info.model}`, {info.shape.family} with {info.shape.layers} blocks, weights `{info.teacher[:16]}`"
-        )
+        info = stores[path].manifest.passes[names(name)[0]]
+        of = f"{'pass' if isinstance(name, str) else 'passes'} {', '.join(f'`{one}`' for one in names(name))} of `{path}`"
+        lines.append(f"{of}: `{info.model}`, {info.shape.family} with {info.shape.layers} blocks, weights `{info.teacher[:16]}`")
     return lines
 
 

@@ -12,9 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from online.ranks import Ranks
 from store import order
 from store.manifest import Json
 from store.publish import crc32c
+from store.together import PassName, fingerprint
 from student_train import checkpoint, lending
 from student_train.arguments import checkpoints_student, fixed_on_resume, training_arguments
 from student_train.bundle import Bundle
@@ -22,7 +24,6 @@ from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
 from student_train.output import CHECKPOINTS
 from student_train.progress import Progress
-from student_train.ranks import Ranks
 from student_train.recipe import PhaseSpec
 from student_train.trainer import TRAINER_STATE, DistillationTrainer, out_of_patience
 
@@ -158,7 +159,7 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
     return plain
 
 
-def _identity(source: Source, ordered: order.Source, pass_name: str | None) -> dict[str, object]:
+def _identity(source: Source, ordered: order.Source, pass_name: PassName | None) -> dict[str, object]:
     """What a source says and in which order, wherever its store lies."""
     manifest = source.store.manifest
     of_teacher = source.teacher is not None or source.where is not None
@@ -167,7 +168,7 @@ def _identity(source: Source, ordered: order.Source, pass_name: str | None) -> d
         "building": manifest.rows.building,
         "split": source.split,
         "weight": source.weight,
-        "teacher": manifest.passes[pass_name].teacher if of_teacher and pass_name in manifest.passes else None,
+        "teacher": fingerprint(manifest.passes, pass_name) if of_teacher else None,
         "where": None if source.where is None else source.where.model_dump(mode="json", exclude_defaults=True),
         "order": {"shuffle": source.shuffle, "window": source.window, "by_length": source.by_length},
         "units": [crc32c(pool.counts.tobytes()) for pool in ordered.copies],

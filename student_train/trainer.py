@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online.ranks import Ranks
 from store.manifest import Json
 from store.strict import did_you_mean
 from student_train import checkpoint
@@ -28,7 +29,6 @@ from student_train.bundle import Bundle
 from student_train.data import Failed, MicroBatches
 from student_train.journal import Journal
 from student_train.micro_batch import MicroBatch
-from student_train.ranks import Ranks
 
 TRAINER_STATE = "trainer_state.json"
 Counts = dict[str, float]

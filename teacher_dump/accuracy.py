@@ -20,6 +20,7 @@ from store.codecs import feature_spec
 from store.features import MANTISSA, FeatureKey, FeatureSpec, StoreDtype
 from store.reader import Store
 from teacher_dump.batches import cut, padded_lengths
+from teacher_dump.out_of_memory import out_of_memory
 from teacher_dump.teacher import Origins, TeacherPass
 
 SAMPLE_ROWS = 8
@@ -46,19 +47,21 @@ class Live:
 
 
 def live(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -> list[Live]:
-    """The teacher's own answers to ``batches``."""
+    """The teacher's own answers to ``batches``; raises OutOfMemory where one of them is too large."""
     plain = {replace(key, form="") for key in (*teacher.plan.derived, *(spec.feature for spec in teacher.specs))}
     found = []
     for batch, sources in batches:
         batch = batch.to(teacher.device)
-        with torch.inference_mode(), Capture(teacher.loaded, plain) as capture:
+        with out_of_memory(teacher.device, *batch.mask.shape), torch.no_grad(), Capture(teacher.loaded, plain) as capture:
             forward(teacher.loaded, batch)
             found.append(Live(batch, sources, capture.features(batch)))
     return found
 
 
 def derived_errors(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -> dict[str, float]:
-    """The errors of derived features alone; see :func:`errors`."""
+    """The errors of derived features alone, for which the teacher is run; see :func:`errors`."""
+    if not teacher.plan.derived:
+        return {}
     found = errors(teacher, live(teacher, batches), teacher.specs)
     return {str(key): found[str(key)] for key in teacher.plan.derived}
 
@@ -78,7 +81,7 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
     sums = {key: np.zeros(2) for key in wanted}
     for answer in answers:
         batch, stored = answer.batch, {}
-        with torch.inference_mode():
+        with torch.no_grad():
             for spec in specs:
                 arrays = encode(spec.feature, answer.values[replace(spec.feature, form="")], batch, spec, answer.sources)
                 stored[spec.feature] = assemble(spec.feature, spec, arrays, batch)

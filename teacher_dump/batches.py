@@ -28,6 +28,12 @@ def padded_lengths(rows: RowTable, members: Ints) -> Ints:
     return -(-rows.at(members).length // BUCKET) * BUCKET
 
 
+def padding(rows: RowTable, shards: Sequence[int]) -> float:
+    """Padding tokens that a teacher computes for each real one of ``shards``; the same for batches of any size."""
+    padded = sum(int(padded_lengths(rows, rows_of(rows, shard)).sum()) for shard in shards)
+    return padded / max(1, int(rows.slot_tokens[list(shards)].sum())) - 1 if padded else 0.0
+
+
 def cut(rows: RowTable, members: Ints, batch_tokens: int) -> list[Ints]:
     """``members`` cut into batches of equal padded length and at most ``batch_tokens`` padded tokens, the longest first.
 

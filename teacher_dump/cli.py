@@ -5,6 +5,7 @@ torch is imported inside the commands that need it, so that ``--help``, ``status
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ import click
 
 from store.errors import StoreError
 from teacher_dump.import_commands import imports
+from teacher_dump.last_words import LastWords, RanksFailed
+from teacher_dump.plan_command import plan
 from teacher_dump.remote_commands import download, upload
+from teacher_dump.stopping import EXIT, GRACE, Stopped
 from teacher_dump.store_commands import add, copy, diff, drop, merge
 
 USAGE = 2
@@ -38,6 +42,14 @@ _STORE = click.argument("store", type=click.Path(path_type=Path))
 
 @click.group(epilog="TEACHER-DUMP COMMAND --help explains each command.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="teachercache")
+@click.option(
+    "--local_rank",
+    "--local-rank",
+    "_local_rank",
+    hidden=True,
+    expose_value=False,
+    help="As launchers add it; the environment says the same.",
+)
 def program() -> None:
     """Run a teacher once and keep its logits, word predictions and features in a store that students learn from."""
 
@@ -45,7 +57,11 @@ def program() -> None:
 @program.command(epilog=EXAMPLE)
 @_RECIPE
 @_OVERRIDES
-def run(recipe: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(1), help="Start so many ranks on this machine.")
+@click.option(
+    "--grace", default=GRACE, show_default=True, type=click.FloatRange(0), help="Seconds after SIGTERM in which shards are still finished."
+)
+def run(recipe: Path, overrides: tuple[str, ...], nproc: int, grace: float) -> None:
     """Make the store that RECIPE describes, or go on where an earlier run stopped.
 
     Rows are built first where the store has none. Then the teacher answers shard after shard, and each is committed as
@@ -53,12 +69,26 @@ def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     A second recipe with another pass_name adds another teacher's answers, or more features, to the same rows.
     Started several times over one store, by hand or by a scheduler, the runs share the shards between them.
 
+    A teacher that is sharded over n ranks (`sharding` in the recipe) needs n of them, or a multiple: --nproc starts them on
+    this machine; torchrun, deepspeed and SLURM start them on many (docs/pass.md).
+
     Options of the recipe can be set on the command line: teacher-dump run dump.yaml dtype=float16 batch_tokens=8192
     """
-    from teacher_dump.dump import dump
+    from teacher_dump.dump import check_complete, dump
     from teacher_dump.recipe import load
 
-    click.echo(dump(load(recipe, overrides), _command()))
+    what = load(recipe, overrides)
+    if nproc == 1:
+        summary = dump(what, _command(), grace)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(summary)
+        return
+    from teacher_dump.launch import launch
+
+    try:
+        launch(nproc, ["-m", "teacher_dump.cli", "run", f"--grace={grace}", "--", str(recipe), *overrides], grace)
+    except Stopped:
+        check_complete(what.store, what.pass_name)
 
 
 @program.command(epilog=EXAMPLE)
@@ -74,21 +104,6 @@ def rows(recipe: Path, overrides: tuple[str, ...]) -> None:
     from teacher_dump.recipe import load
 
     click.echo(build_rows(load(recipe, overrides), _command()))
-
-
-@program.command(epilog=EXAMPLE)
-@_RECIPE
-@_OVERRIDES
-def plan(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Say what `run` would write and what it would cost, before any of it is done; nothing below the store is touched.
-
-    Rows are really tokenised and a few real batches are really run, so sizes are counted and times are measured:
-    what is stored and what is derived from it, bytes per token and in total, disk, time, memory, rounding errors.
-    """
-    from teacher_dump.plan import plan as make_plan
-    from teacher_dump.recipe import load
-
-    click.echo(make_plan(load(recipe, overrides), _command()))
 
 
 @program.command()
@@ -166,12 +181,13 @@ def export(
 
 
 program.add_command(imports)
-for command in (add, merge, drop, copy, diff, upload, download):
+for command in (plan, add, merge, drop, copy, diff, upload, download):
     program.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program; exits with 2 where something is to be mended (one message on standard error), with 130 when interrupted."""
+    """Run the program; exits with 2 where something is to be mended (one message on standard error), with 130 when interrupted,
+    with 143 where SIGTERM has stopped it, and as the first of its ranks that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -180,15 +196,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(USAGE)
     except click.Abort:
-        click.echo("stopped; what is committed is kept. The same command goes on where this one was.", err=True)
-        sys.exit(INTERRUPTED)
+        LastWords("stopped; what is committed is kept. The same command goes on where this one was.", INTERRUPTED).end()
+    except Stopped as stopped:
+        LastWords(str(stopped), EXIT, follows=True).end()
+    except RanksFailed as failed:
+        LastWords(str(failed), failed.code).end()
     except (StoreError, ValueError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(USAGE)
+        LastWords(f"error: {error}", USAGE, _follows(error)).end()
+    except MemoryError as error:
+        LastWords(f"error: out of memory{f' ({error})' if str(error) else ''}; what is committed is kept", USAGE).end()
     except OSError as error:
         room = "; make room and run the same command again, what is committed is kept" if error.errno == errno.ENOSPC else ""
-        click.echo(f"error: {error}{room}", err=True)
-        sys.exit(USAGE)
+        LastWords(f"error: {error}{room}", USAGE).end()
+
+
+def _follows(error: Exception) -> bool:
+    """Whether an error only says that another rank has failed."""
+    ranks = sys.modules.get("online.ranks")  # not imported for this: it takes torch
+    return ranks is not None and isinstance(error, ranks.RankLost)
 
 
 def _command() -> tuple[str, ...]:

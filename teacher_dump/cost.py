@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from online.models import LoadedModel
 from store import hierarchy, layout
@@ -21,7 +22,7 @@ from store.statics import describe_statics
 from store.table import Ints
 from teacher_dump.batches import Arrays
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.ship import shipped_blocks, shipped_weights, write_folder
+from teacher_dump.ship import write_folder
 from teacher_dump.teacher import TeacherPass
 
 SAMPLED_CHUNKS = 48
@@ -62,11 +63,18 @@ class Cost:
 
 
 def cost_of(
-    store: Store, recipe: DumpRecipe, teacher: TeacherPass, weights: Mapping[str, NDArray[Any]], answered: Sequence[Arrays]
+    store: Store,
+    recipe: DumpRecipe,
+    teacher: TeacherPass,
+    weights: Mapping[str, NDArray[Any]],
+    shipped: Mapping[str, Tensor],
+    answered: Sequence[Arrays],
 ) -> Cost:
     """What the pass of ``recipe`` takes over the rows of ``store``, which may be a scratch copy of them.
 
     Args:
+        weights: What derivations need.
+        shipped: What students start from.
         answered: Answers to some batches; how well they compress says how large compressed arrays will be.
     """
     features = {}
@@ -77,7 +85,7 @@ def cost_of(
         rows=folder_bytes(store.path / "rows") + folder_bytes(store.path / "tokens"),
         features=features,
         statics=sum(weight.nbytes + 4 for weight in weights.values()),
-        model=_model_bytes(recipe, teacher.loaded),
+        model=_model_bytes(recipe, teacher.loaded, shipped),
         records=_record_bytes(store.manifest, recipe.pass_name, teacher, weights, features),
     )
 
@@ -139,10 +147,9 @@ def _record_bytes(
     return nodes + len(manifest_bytes(manifest)) + manifest.rows.slots * line
 
 
-def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel) -> int:
+def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel, shipped: Mapping[str, Tensor]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(Path(scratch) / "model", loaded, recipe, {})
         small = folder_bytes(Path(scratch))
-    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded.shape.layers))
-    tensors = {weight.data_ptr(): weight.nbytes for weight in weights.values()}
+    tensors = {weight.data_ptr(): weight.nbytes for weight in shipped.values()}
     return small + sum(tensors.values()) + 128 * len(tensors)  # a tensor's entry in the header of a safetensors file

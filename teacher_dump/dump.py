@@ -1,38 +1,41 @@
 """The dump: rows first, then the teacher's answers shard after shard, written while the teacher goes on."""
 
+import contextlib
 import shutil
-import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from online import rows as building
-from online.collate import collate
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
+from online.replica import Replica, joined
 from store import layout
 from store.errors import FingerprintMismatch, StoreBusy, StoreError
 from store.manifest import Provenance, RowsInfo, read_manifest
 from store.provenance import provenance
 from store.reader import Store
+from store.together import check_same_teacher
 from store.writer import StoreWriter
 from teacher_dump.accuracy import derived_errors, sample
-from teacher_dump.batches import ShardBuffer, cut, rows_of
+from teacher_dump.answering import Answering, Output
+from teacher_dump.batch_size import batch_tokens
 from teacher_dump.cost import cost_of
 from teacher_dump.figures import duration, size
+from teacher_dump.pipeline import Pipeline, memory_limit
+from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.records import describe_errors, read_errors
 from teacher_dump.selection import Request, check_rows, resolve
-from teacher_dump.ship import ship, shipped_blocks
-from teacher_dump.teacher import Origins, TeacherPass, load_pass
+from teacher_dump.ship import ship, shipped_blocks, shipped_weights
+from teacher_dump.stopping import GRACE, Stopped, Stopping
+from teacher_dump.teacher import TeacherPass, load_pass
+from teacher_dump.totals import Totals
+from teacher_dump.watch import Watch
+from teacher_dump.work import Work
 
-AHEAD = 1
-"""Finished shards that may wait for the writer while the teacher fills the next one."""
 WAIT = 0.5
 """Seconds from one look to the next at what other processes have committed."""
 RESERVE = 64 << 20
@@ -50,42 +53,96 @@ def build_rows(recipe: DumpRecipe, command: Sequence[str]) -> str:
     )
 
 
-def dump(recipe: DumpRecipe, command: Sequence[str]) -> str:
-    """Make the store of ``recipe``, or go on where it was; a summary of what this run did.
+def dump(recipe: DumpRecipe, command: Sequence[str], grace: float = GRACE, beside: str | None = None) -> str:
+    """Make the store of ``recipe``, or go on where it was, together with the other ranks of this job; a summary of what this rank did.
+
+    Args:
+        grace: Seconds after SIGTERM in which shards may still be finished.
+        beside: A pass of the store that must be of the same teacher.
 
     Raises:
         ValueError: the recipe asks for something that cannot be had, or the teacher answers with NaN or infinity.
-        StoreError: the store is another's, busy, damaged, or does not fit on the disk.
+        StoreError: the store is another's, busy, damaged, or does not fit on the disk; or another rank has failed.
+        Stopped: SIGTERM came before the pass was complete.
     """
-    made = provenance(command)
+    made, start = provenance(command), time.perf_counter()
     tokenizer, requests = requested(recipe)
-    ensure_rows(recipe, tokenizer, recipe.store, made)
-    with StoreWriter.open(recipe.store) as writer:
-        teacher = load_pass(recipe, requests, writer.rows, made)
-        store = Store.open(recipe.store)
-        with writer.announcing():
-            _announce(recipe, teacher, store, writer)
-        start = time.perf_counter()
-        done = answer_all(teacher, store, writer, recipe)
-        seconds = time.perf_counter() - start
-    return _summary(recipe, done, seconds)
+    recipe = placed(recipe)
+    sharding = recipe.sharding
+    with Stopping(grace) as stopping, joined(sharding.size, sharding.kind != "none") as replica:
+        replica.ranks.on_first(lambda: ensure_rows(recipe, tokenizer, recipe.store, made))
+        with StoreWriter.open(recipe.store) as writer, Watch(recipe, replica, writer.rows, made, stopping) as watch:
+            teacher = load_pass(recipe, requests, writer.rows, made, replica)
+            if beside is not None:
+                check_same_teacher({beside: writer.manifest.passes[beside], recipe.pass_name: teacher.info})
+            store = Store.open(recipe.store)
+            teacher = announce(recipe, teacher, store, writer, replica)
+            writes = replica.leads or not teacher.alike
+            watch.answering(teacher)
+            stopping.take_note()
+            if writes:
+                done = _answer(recipe, teacher, store, writer, replica, watch, stopping)
+            else:
+                Answering(teacher, store, replica, None, watch, stopping).run()
+                done = []
+            if stopping.asked:
+                check_complete(recipe.store, recipe.pass_name)
+    return _summary(recipe, done, time.perf_counter() - start, watch.totals)
 
 
-def _announce(recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: StoreWriter) -> None:
-    """Put all of the pass but its shards into the store, unless it is there."""
-    name, statics = recipe.pass_name, teacher.statics()
-    few = sample(store, recipe.batch_tokens)
-    compressed = any(spec.compressed for spec in teacher.specs)
-    answered = [teacher.answer(batch, sources) for batch, sources in few] if compressed else []
-    cost = cost_of(store, recipe, teacher, statics, answered)
-    known = name in writer.manifest.passes
-    check_disk(recipe.store, cost.shards(writer.pending(name)) if known else cost.added)
-    if known:
-        writer.add_pass(name, teacher.info, statics)  # refuses another teacher before anything of it is touched
-    if not layout.model(recipe.store, name).is_dir() or not known:
-        ship(teacher.loaded, recipe, derived_errors(teacher, few))
-    if not known:
-        writer.add_pass(name, teacher.info, statics)
+def _answer(
+    recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: StoreWriter, replica: Replica, watch: Watch, stopping: Stopping
+) -> list[int]:
+    """Answer and write what this rank can get; the shards that it did."""
+    with Pipeline(
+        writer, recipe.pass_name, store.rows, teacher.specs, memory_limit(store.rows, teacher.specs), watch.committed
+    ) as pipeline:
+        watch.follow(pipeline)
+        work = Work(writer, recipe.pass_name, store.rows, teacher.batch_tokens)
+        if done := store.rows.info.slots - len(work.left()):
+            watch.say(f"going on after {done} committed shards")
+        Answering(teacher, store, replica, Output(work, pipeline), watch, stopping).run()
+    return work.answered
+
+
+def announce(recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: StoreWriter, replica: Replica) -> TeacherPass:
+    """Put all of the pass but its shards into the store, unless it is there; the teacher with the batches that the pass is made in.
+
+    All ranks of the replica run the teacher and gather what is sharded of it; the first one writes.
+    """
+    name, first = recipe.pass_name, replica.ranks.on_first
+    with writer.announcing() if replica.leads else contextlib.nullcontext():
+        known = first(lambda: name in writer.manifest.passes)
+        teacher = teacher.batched(batch_tokens(recipe, first(lambda: writer.manifest.passes.get(name)), teacher, store, replica))
+        info, statics = teacher.info, teacher.statics()
+        if known:
+            first(lambda: writer.add_pass(name, info, statics))  # refuses another teacher before anything of it is touched
+        few = sample(store, teacher.batch_tokens)
+        compressed = any(spec.compressed for spec in teacher.specs)
+        answered = [teacher.answer(batch, sources) for batch, sources in few] if compressed else []
+        shipped = shipped_weights(teacher.loaded, shipped_blocks(recipe.ship_layers, teacher.loaded.shape.layers), keep=replica.leads)
+        cost = first(lambda: cost_of(store, recipe, teacher, statics, shipped, answered))
+        first(lambda: check_disk(recipe.store, cost.shards(writer.pending(name)) if known else cost.added))
+        if first(lambda: not (known and layout.model(recipe.store, name).is_dir())):
+            errors = derived_errors(teacher, few)
+            first(lambda: ship(teacher.loaded, recipe, shipped, errors))
+        if not known:
+            first(lambda: writer.add_pass(name, info, statics))
+    if not replica.leads:
+        with writer.announcing():  # hears of the pass
+            pass
+    return teacher
+
+
+def check_complete(store: Path, pass_name: str) -> None:
+    """Raise Stopped, with what there is, unless all of a pass is committed."""
+    try:
+        there = Store.open(store)
+        committed, shards = len(there.committed(pass_name)), there.manifest.rows.slots
+    except StoreError:
+        raise Stopped from None
+    if committed < shards:
+        raise Stopped(f"{committed:,} of {shards:,} shards of pass {pass_name} are committed in {store}")
 
 
 def requested(recipe: DumpRecipe) -> tuple[PreTrainedTokenizerBase, tuple[Request, ...]]:
@@ -154,48 +211,7 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def answer_all(teacher: TeacherPass, store: Store, writer: StoreWriter, recipe: DumpRecipe) -> list[int]:
-    """Answer and commit pending shards until none is left, beside other processes that do the same; the shards that this one did.
-
-    A shard that cannot be written stops the run before the next batch. Up to AHEAD + 2 shards are in memory.
-    """
-    rows, name, made = store.rows, recipe.pass_name, list[int]()
-    pending = writer.pending(name)
-    if pending and len(pending) < rows.info.slots:
-        tqdm.write(f"going on after {rows.info.slots - len(pending)} committed shards", file=sys.stderr)
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    waiting = False
-    with ThreadPoolExecutor(1, "writer") as pool, tqdm(total=0, unit=" tokens", unit_scale=True, mininterval=interval) as progress:
-        writing: deque[Future[None]] = deque()
-        try:
-            while pending := writer.pending(name):
-                progress.total = progress.n + int(rows.slot_tokens[pending].sum())
-                for shard in writer.shards(name):
-                    progress.set_description(f"shard {shard + 1} of {rows.info.slots}", refresh=False)
-                    buffer = ShardBuffer(rows, shard, teacher.specs)
-                    for members in cut(rows, rows_of(rows, shard), recipe.batch_tokens):
-                        while writing and writing[0].done():
-                            writing.popleft().result()
-                        buffer.place(members, teacher.answer(collate(store, members), Origins(rows, members)))
-                        progress.update(int(rows.at(members).length.sum()))
-                    writing.append(pool.submit(writer.commit, name, shard, buffer.arrays))
-                    made.append(shard)
-                    while len(writing) > 1 + AHEAD:
-                        writing.popleft().result()
-                while writing:
-                    writing.popleft().result()
-                if left := writer.pending(name):
-                    if not waiting:
-                        tqdm.write(f"waiting for {len(left)} shards that others work on: {', '.join(writer.others())}", file=sys.stderr)
-                    waiting = True
-                    time.sleep(WAIT)
-        except Exception:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return made
-
-
-def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float) -> str:
+def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float, totals: Totals) -> str:
     """What the run did for the shards ``made``, and what the store now holds of the pass."""
     store = Store.open(recipe.store)
     tokens = int(store.rows.slot_tokens[list(made)].sum())
@@ -207,6 +223,7 @@ def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float) -> str:
             f"this run: {tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
             f"{size(written)} of features ({written / tokens:,.0f} bytes a token)"
         )
+        lines.append(totals.efficiency)
     else:
         lines.append("this run: nothing was left to do")
     lines += describe_errors(read_errors(recipe.store, recipe.pass_name))

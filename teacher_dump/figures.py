@@ -1,5 +1,6 @@
 """Numbers and tables as people read them."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -9,6 +10,14 @@ def size(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.3g} {unit}" if number < 1000 * scale else f"{number / scale:,.0f} {unit}"
     return f"{number:.0f} B"
+
+
+def read_bytes(text: str) -> float | None:
+    """``40GB``, ``1.5 TB`` or ``512MiB`` as bytes; None where it is no number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B", text.strip().upper())
+    if found is None or not float(found[1]):
+        return None
+    return float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2]))
 
 
 def duration(seconds: float) -> str:

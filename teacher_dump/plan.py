@@ -1,26 +1,25 @@
 """What a dump would write and cost, said before any of it is done."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from store import layout
-from store.errors import FingerprintMismatch, StoreError
+from online.replica import Replica, joined
+from store.errors import FingerprintMismatch
 from store.features import FeatureKey, FeatureSpec, StoreDtype
-from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
 from teacher_dump.accuracy import Live, errors, live, sample, stored_as
+from teacher_dump.batch_size import batch_tokens
 from teacher_dump.cost import Cost, cost_of
-from teacher_dump.dump import AHEAD, RESERVE, ensure_rows, requested
-from teacher_dump.figures import duration, size, table
+from teacher_dump.dump import RESERVE, requested
+from teacher_dump.figures import size, table
+from teacher_dump.measured import needs, other_shardings
+from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe
+from teacher_dump.scratch import scratch_rows
+from teacher_dump.ship import shipped_blocks, shipped_weights
 from teacher_dump.teacher import TeacherPass, load_pass
 from teacher_dump.timing import Timing, measure
 
@@ -44,41 +43,40 @@ class _Findings:
     """Whether the store has its rows."""
 
 
-def plan(recipe: DumpRecipe, command: Sequence[str]) -> str:
-    """A report on what `run` would do with ``recipe``; nothing below its store is touched.
+def plan(recipe: DumpRecipe, command: Sequence[str], ranks: int | None = None) -> str:
+    """A report on what `run` would do with ``recipe``, on the first rank of a job; nothing below its store is touched.
+
+    Args:
+        ranks: Of the job that other shardings are calculated for; by default those of this one, or all that this machine has.
 
     Raises:
         ValueError, StoreError: what `run` would refuse.
     """
     tokenizer, requests = requested(recipe)
-    made = provenance(command)
-    with _rows(recipe, tokenizer, made) as (path, scratch):
+    recipe, made = placed(recipe), provenance(command)
+    with ExitStack() as stack:
+        replica = stack.enter_context(joined(recipe.sharding.size, recipe.sharding.kind != "none"))
+        if replica.number > 0:  # replicas are alike
+            return ""
+        first = replica.ranks.on_first
+        path, scratch = first(lambda: stack.enter_context(scratch_rows(recipe, tokenizer, made)))
         store = Store.open(path)
-        teacher = load_pass(recipe, requests, store.rows, made)
+        teacher = load_pass(recipe, requests, store.rows, made, replica)
         _refuse_other_pass(recipe, store, teacher)
+        teacher = teacher.batched(batch_tokens(recipe, store.manifest.passes.get(recipe.pass_name), teacher, store, replica))
         done = store.committed(recipe.pass_name)
         pending = [shard for shard in range(store.manifest.rows.slots) if shard not in done]
-        timing = measure(teacher, store, pending, recipe.batch_tokens, scratch)
-        cost = cost_of(store, recipe, teacher, teacher.statics(), timing.answered)
-        answers = live(teacher, sample(store, recipe.batch_tokens))
+        timing = measure(teacher, store, pending, scratch, replica)
+        statics = teacher.statics()
+        shipped = shipped_weights(teacher.loaded, shipped_blocks(recipe.ship_layers, teacher.loaded.shape.layers), keep=replica.leads)
+        cost = first(lambda: cost_of(store, recipe, teacher, statics, shipped, timing.answered))
+        answers = live(teacher, sample(store, teacher.batch_tokens))
         found = errors(teacher, answers, teacher.specs)
         tried = {dtype: _tried(teacher, answers, dtype) for dtype in _TYPES} if teacher.plan.derived else {}
         findings = _Findings(store, teacher, cost, pending, timing, found, tried, path == recipe.store)
-        return "\n".join(_report(recipe, findings))
-
-
-@contextmanager
-def _rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, made: Provenance) -> Iterator[tuple[Path, Path]]:
-    """A store with the rows of ``recipe``, its own or one that is built beside it and removed, and a folder to try the disk."""
-    folder = next(parent for parent in recipe.store.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".teacher-dump-plan-", dir=folder) as scratch:
-        path = recipe.store
-        if not layout.manifest(path).exists():
-            if path.is_file() or (path.is_dir() and any(path.iterdir()) and not layout.building(path).exists()):
-                raise StoreError(f"expected an empty or new folder for the store, but {path} holds something else; give another folder")
-            path = Path(scratch) / "store"
-        ensure_rows(recipe, tokenizer, path, made)
-        yield path, Path(scratch)
+        report = "\n".join(_report(recipe, findings, replica, ranks)) if replica.leads else ""
+        replica.ranks.wait()  # the first one takes its scratch folder away
+        return report
 
 
 def _refuse_other_pass(recipe: DumpRecipe, store: Store, teacher: TeacherPass) -> None:
@@ -96,7 +94,7 @@ def _tried(teacher: TeacherPass, answers: Sequence[Live], dtype: StoreDtype) -> 
         return str(error)
 
 
-def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
+def _report(recipe: DumpRecipe, found: _Findings, replica: Replica, ranks: int | None) -> Iterator[str]:
     info, teacher, cost = found.store.manifest.rows, found.teacher, found.cost
     splits = ", ".join(f"{number:,} {name}" for name, number in info.splits.items())
     yield f"plan of pass {recipe.pass_name} in {recipe.store}; nothing was written"
@@ -128,7 +126,7 @@ def _report(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
         ],
         right="1",
     )
-    yield from _needs(recipe, found)
+    yield from _needs(recipe, found, replica, ranks)
 
 
 def _derived(found: _Findings) -> list[tuple[str, ...]]:
@@ -141,8 +139,8 @@ def _derived(found: _Findings) -> list[tuple[str, ...]]:
     return lines
 
 
-def _needs(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
-    cost, timing, device = found.cost, found.timing, found.teacher.device
+def _needs(recipe: DumpRecipe, found: _Findings, replica: Replica, ranks: int | None) -> Iterator[str]:
+    cost, timing = found.cost, found.timing
     known = recipe.pass_name in found.store.manifest.passes
     needed = cost.shards(found.pending) if known else cost.added if found.present else cost.total
     folder = next(parent for parent in (recipe.store.absolute(), *recipe.store.absolute().parents) if parent.is_dir())
@@ -152,20 +150,11 @@ def _needs(recipe: DumpRecipe, found: _Findings) -> Iterator[str]:
     if known:
         yield f"\nthe store has {shards - len(found.pending):,} of {shards:,} shards of this pass; {size(needed)} are left to write"
     yield f"free disk: {size(free)}, to write: {size(needed)}; {fits}"
-    tokens = int(found.store.rows.slot_tokens[found.pending].sum())
-    if not tokens:
-        return
-    seconds = timing.seconds(cost.shards(found.pending))
-    where = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    yield (
-        f"time: {duration(seconds)} at {tokens / max(seconds, 1e-9):,.0f} tokens/s, "
-        f"measured on {timing.batches} real batches ({where}), after building rows and loading the teacher"
-    )
-    rows, specs = found.store.rows, found.teacher.specs
-    units = [sum(int(rows.slot_units(spec.feature.positions)[shard]) * spec.unit_bytes for spec in specs) for shard in found.pending]
-    in_flight = (2 + AHEAD) * max(units)
-    gpu = f", and {size(timing.device_memory)} on the GPU" if timing.device_memory else ""
-    yield f"memory: up to {size(timing.memory + in_flight)}, of which {size(in_flight)} are shards waiting to be written{gpu}"
+    if found.pending:
+        written = cost.shards(found.pending)
+        yield from needs(found.teacher, found.store, found.pending, timing, written, replica)
+        if found.teacher.loaded.custom is None:
+            yield from other_shardings(recipe, found.teacher, found.store, found.pending, timing, written, replica, ranks)
 
 
 def _bound(spec: FeatureSpec) -> str:

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
 
 from online.models import ModelSpec
 from online.rows import RowsSpec
+from online.sharding import Sharding
 from store import layout
 from store.features import Compression, StoreDtype
 from store.remote import url_of
 from store.strict import Strict, load_yaml
+from teacher_dump.figures import read_bytes
 
 
 class FeatureRequest(Strict):
@@ -51,12 +53,21 @@ class DumpRecipe(Strict):
     7. All by default."""
     compression: Compression = "none"
     """zstd (behind a bit shuffle) takes less disk and more time to read: worth it on slow disks, and with few keep_bits."""
-    batch_tokens: int = Field(default=4096, ge=16)
-    """Padded tokens of one teacher batch."""
+    batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
+    """Padded tokens of one teacher batch; auto finds the largest that pays at the first start and keeps it for the pass."""
+    memory: Annotated[float, Field(gt=0, le=1)] | str = 0.8
+    """What a batch that auto finds may take on each rank beside the weights: a share of the memory that is free once the teacher is
+    loaded, or bytes such as 20GB."""
+    sharding: Sharding = Sharding(kind="auto")
+    """How the teacher lies over the ranks of a job."""
     device: str | None = None
     """Where the teacher runs, such as cpu or cuda:1; by default the first GPU if there is one."""
     ship_layers: Literal["all"] | tuple[int, ...] = ()
     """Teacher blocks (from 1) whose weights the store carries, with embeddings and head, to initialise students from."""
+    logs: Path | None = None
+    """Folder where each rank of a run keeps a log and its events as JSON lines; by default STORE.logs/PASS_NAME beside the store."""
+    prometheus: Path | None = None
+    """Folder that the textfile collector of Prometheus's node exporter reads, for a file of each rank's figures; none by default."""
 
     @field_validator("features", mode="before")
     @classmethod
@@ -74,6 +85,13 @@ class DumpRecipe(Strict):
     @classmethod
     def _allowed(cls, value: str) -> str:
         return layout.pass_name(value)
+
+    @field_validator("memory")
+    @classmethod
+    def _readable(cls, value: float | str) -> float | str:
+        if isinstance(value, str) and read_bytes(value) is None:
+            raise ValueError("expected a share of the free memory such as 0.8, or bytes such as 20GB")
+        return value
 
     @field_validator("device")
     @classmethod

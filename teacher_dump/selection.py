@@ -35,8 +35,11 @@ class Request:
     compression: Compression = "none"
 
 
-def resolve(recipe: DumpRecipe, shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> tuple[Request, ...]:
+def resolve(recipe: DumpRecipe, shape: ModelShape, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Request, ...]:
     """Every feature that ``recipe`` names, each key once, in the recipe's order.
+
+    Args:
+        tokenizer: None where ``recipe`` names no words.
 
     Raises:
         ValueError: an unknown feature, a layer out of range, a word of several tokens, a head that the feature lacks, or a type
@@ -130,7 +133,7 @@ def _check(key: FeatureKey, shape: ModelShape) -> None:
         raise ValueError(f"the teacher knows {shape.vocab} words, fewer than {key.form} asks for")
 
 
-def _ids(wanted: FeatureRequest, shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _ids(wanted: FeatureRequest, shape: ModelShape, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Vocabulary ids of a ``select``: those given as numbers, then the words."""
     if not wanted.key.endswith(":select"):
         if wanted.ids or wanted.words:
@@ -145,7 +148,8 @@ def _ids(wanted: FeatureRequest, shape: ModelShape, tokenizer: PreTrainedTokeniz
     return ids
 
 
-def _id(word: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _id(word: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    assert tokenizer is not None, "words need a tokenizer"
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))

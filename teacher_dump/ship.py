@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils import logging
 
-from online.models import LoadedModel
+from online.models import HEADS, LoadedModel
+from online.quiet import quiet
+from online.sharding import Whole
 from store import layout
 from store.errors import StoreError
-from store.publish import sync_file, sync_folder
+from store.publish import sync_file, sync_folder, writing
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.records import ERRORS, RECIPE
 
@@ -30,45 +32,55 @@ def shipped_blocks(layers: Literal["all"] | tuple[int, ...], available: int) -> 
     return tuple(sorted(set(layers)))
 
 
-def shipped_weights(loaded: LoadedModel, blocks: Sequence[int]) -> dict[str, Tensor]:
-    """The teacher's weights without the blocks that are not among ``blocks`` (from 1), under the teacher's own names."""
+def shipped_weights(loaded: LoadedModel, blocks: Sequence[int], keep: bool = True) -> dict[str, Tensor]:
+    """The teacher's weights in main memory without the blocks that are not among ``blocks`` (from 1), under the teacher's own names.
+
+    All ranks of a sharded teacher gather them, one after the other; those that do not ``keep`` them return none.
+    """
     if not blocks:
         return {}
     before, after = loaded.family.block.split("{i}")
     number = re.compile(rf"(?:^|(?<=\.)){re.escape(before)}(\d+){re.escape(after)}\.")
-    weights = {}
-    for name, weight in loaded.model.state_dict().items():
+    weights: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, lying in loaded.model.state_dict(keep_vars=True).items():
         match = number.search(name)
         if match is None or int(match[1]) + 1 in blocks:
-            weights[name] = weight
-    return weights
+            if id(lying) not in copies:  # tied weights are written once
+                whole = loaded.weights.whole(lying).detach()
+                copies[id(lying)] = whole.cpu() if keep else whole.new_empty(0)
+            weights[name] = copies[id(lying)]
+    return weights if keep else {}
 
 
-def ship(loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float]) -> None:
+def ship(loaded: LoadedModel, recipe: DumpRecipe, weights: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
     """Publish ``model/<pass>/``, whole or not at all, in place of what a killed run may have left there.
 
     It is a folder that Hugging Face reads: config.json, the tokenizer's files and, with ``ship_layers``, safetensors.
     """
     folder = layout.model(recipe.store, recipe.pass_name)
     temporary = layout.temporary(folder)
-    for leftover in (temporary, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    write_folder(temporary, loaded, recipe, errors)
-    weights = shipped_weights(loaded, shipped_blocks(recipe.ship_layers, loaded.shape.layers))
-    if weights:
-        logging.disable_progress_bar()
-        try:
-            loaded.model.save_pretrained(temporary, state_dict=weights)
-        except SafetensorError as error:
-            raise StoreError(f"cannot write the teacher's weights below {folder}: {error}; make room and start again") from None
-        finally:
-            logging.enable_progress_bar()
-    for path in sorted(temporary.rglob("*")):
-        sync_folder(path) if path.is_dir() else sync_file(path)
-    sync_folder(temporary)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
+    with writing(folder):
+        for leftover in (temporary, folder):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        write_folder(temporary, loaded, recipe, errors)
+        if weights:
+            model = loaded.model
+            if not isinstance(loaded.weights, Whole):  # a sharded model would gather them once more
+                with torch.device("meta"):
+                    plain = type(model.config).from_dict(model.config.to_dict())
+                    model = HEADS[loaded.shape.head].from_config(plain)  # type: ignore[attr-defined]
+            try:
+                with quiet():
+                    model.save_pretrained(temporary, state_dict=dict(weights))
+            except SafetensorError as error:
+                raise StoreError(f"cannot write the teacher's weights below {folder}: {error}; make room and start again") from None
+        for path in sorted(temporary.rglob("*")):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
 
 
 def write_folder(folder: Path, loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float]) -> None:
@@ -76,7 +88,12 @@ def write_folder(folder: Path, loaded: LoadedModel, recipe: DumpRecipe, errors: 
     folder.mkdir(parents=True)
     loaded.model.config.save_pretrained(folder)
     assert loaded.tokenizer is not None
-    loaded.tokenizer.save_pretrained(folder)
+    try:
+        loaded.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library has no type of its own
+            raise
+        raise StoreError(f"cannot write the tokenizer below {folder}: {error}; make room and start again") from None
     tree = recipe.model_dump(mode="json")
     (folder / RECIPE).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / ERRORS).write_text(json.dumps(dict(errors), indent=1), encoding="utf-8")

@@ -1,9 +1,11 @@
 """What a store holds, for people."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from store import layout
+from store.commits import Commit
 from store.features import FeatureSpec
 from store.manifest import Manifest, PassInfo, Provenance, RowsInfo
 from store.reader import Store
@@ -65,6 +67,7 @@ def _pass(store: Store, name: str, info: PassInfo) -> Iterator[str]:
     shape = info.shape
     yield f"  teacher: {info.model}, run in {info.dtype}; {shape.family}, head {shape.head}, {shape.layers} blocks of width {shape.width}"
     yield f"  made: {_made(info.made)}"
+    yield from _batches(info, commits.values())
     missing = "none, the answers were imported" if info.imported else "not shipped (configuration and tokenizer are)"
     yield f"  blocks to start students from: {'shipped' if info.shipped else missing}"
     yield "  stored:"
@@ -81,6 +84,19 @@ def _pass(store: Store, name: str, info: PassInfo) -> Iterator[str]:
     if derived:
         yield f"  derived when read: {', '.join(derived)}"
     yield from (f"  {line}" for line in describe_errors(read_errors(store.path, name)))
+
+
+def _batches(info: PassInfo, commits: Collection[Commit]) -> Iterator[str]:
+    """In which batches the teacher answered, where that is known."""
+    others = Counter(commit.batch_tokens for commit in commits if commit.batch_tokens is not None)
+    known = [f"batches of {info.batch_tokens:,} tokens"] if info.batch_tokens is not None else []
+    known += [f"{_shards(number)} with {tokens:,}" for tokens, number in sorted(others.items(), reverse=True)]
+    if known:
+        yield f"  {'; '.join(known)}"
+
+
+def _shards(number: int) -> str:
+    return f"{number:,} shard{'' if number == 1 else 's'}"
 
 
 def _types(spec: FeatureSpec) -> str:

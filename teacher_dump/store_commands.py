@@ -1,5 +1,6 @@
 """Commands of ``teacher-dump`` for stores as a whole: add rows, merge, drop, copy, compare."""
 
+import os
 import sys
 from pathlib import Path
 from typing import get_args
@@ -7,6 +8,7 @@ from typing import get_args
 import click
 
 from store.features import Compression, StoreDtype
+from teacher_dump.stopping import GRACE
 
 DIFFERENT = 1
 """Exit code of `diff` for stores that are not the same."""
@@ -17,17 +19,38 @@ _POSITIONS = click.Choice(["first", "last", "mean", "masked", "labels"])
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def add(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Add the rows of RECIPE to its store, behind those that are there.
+@click.option("--rows-only", is_flag=True, help="Add rows and answer nothing yet.")
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(1), help="Start so many ranks on this machine.")
+@click.option(
+    "--grace", default=GRACE, show_default=True, type=click.FloatRange(0), help="Seconds after SIGTERM in which shards are still finished."
+)
+def add(recipe: Path, overrides: tuple[str, ...], rows_only: bool, nproc: int, grace: float) -> None:
+    """Add what RECIPE describes to its store: rows, another teacher, or more features. What is there stays as it is.
 
-    The recipe is that of the store with other texts in rows.sources. The passes of the store then have shards to answer:
-    `run` with the recipe of each goes on with them. To add a teacher or more features instead, `run` a recipe with
-    another pass_name.
+    \b
+    more rows      texts in rows.sources that the store lacks: their rows come behind the others, and the pass answers
+                   them. Other passes then lack shards, with which `run` and the recipe of each go on.
+    a teacher      a pass_name that the store lacks: answered over all rows, as `run` would.
+    more features  the pass_name of a pass, and features that neither are in it nor follow from it: they make a further
+                   pass, NAME-2, NAME-3 and so on. Students read them as one: pass_name: [NAME, NAME-2].
+
+    The store may be read meanwhile. An add that was stopped goes on with the same command.
     """
-    from teacher_dump.add import add as add_rows
+    from teacher_dump.add import add as add_all
+    from teacher_dump.add import add_rows
     from teacher_dump.recipe import load
 
-    click.echo(add_rows(load(recipe, overrides), made_by()))
+    what = load(recipe, overrides)
+    if rows_only:
+        click.echo(add_rows(what, made_by()))
+    elif nproc == 1:
+        summary = add_all(what, made_by(), grace)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(summary)
+    else:
+        from teacher_dump.launch import launch
+
+        launch(nproc, ["-m", "teacher_dump.cli", "add", f"--grace={grace}", "--", str(recipe), *overrides], grace)
 
 
 @click.command()

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from online.batch import Batch
 from online.capture import Capture, check_key
-from online.encode import encode
+from online.encode import encode_on_device
 from online.models import LoadedModel, check_length, forward, load_model
+from online.pending import Pending
 from online.planner import Plan, Units, plan
+from online.replica import Replica
 from online.statics import live_statics
 from store.codecs import feature_spec
 from store.features import Compression, FeatureKey, FeatureSpec
 from store.manifest import PassInfo, Provenance
 from store.table import RowTable
 from teacher_dump.batches import Arrays
+from teacher_dump.out_of_memory import out_of_memory
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.selection import Request
 from teacher_dump.ship import shipped_blocks
@@ -35,55 +38,89 @@ class TeacherPass:
     plan: Plan
     specs: tuple[FeatureSpec, ...]
     info: PassInfo
+    alike: bool
+    """Whether all ranks of a replica must answer the same batches: those of a model that is split by tensor parallelism."""
+    batch_tokens: int = 0
+    """Padded tokens of a batch; 0 until :meth:`batched` has said it."""
 
-    def answer(self, batch: Batch, sources: Sequence[str] = ()) -> Arrays:
-        """Run the teacher on ``batch``: what is stored of it, packed, reduced, cast and checked on the device.
+    def batched(self, tokens: int) -> "TeacherPass":
+        """The same with batches of so many padded tokens."""
+        return replace(self, batch_tokens=tokens, info=self.info.model_copy(update={"batch_tokens": tokens}))
+
+    def start(self, batch: Batch, sources: Sequence[str] = ()) -> Pending:
+        """Run the teacher on ``batch`` and start to copy what is stored of it, packed, reduced and cast on the device, to the host.
 
         Args:
-            sources: where each row comes from, for the message.
+            batch: On the host.
+            sources: Where each row comes from, for the message about a number that is not finite.
 
         Raises:
-            ValueError: a number is not finite as stored (names row and feature), or memory ran out.
+            OutOfMemory: the batch is too large.
         """
         keys = {spec.feature: replace(spec.feature, form="") for spec in self.specs}
-        batch = batch.to(self.device)
-        try:
-            with torch.inference_mode():
-                with Capture(self.loaded, keys.values()) as capture:
-                    forward(self.loaded, batch)
-                values = capture.features(batch)
-                return {spec.feature: encode(spec.feature, values[keys[spec.feature]], batch, spec, sources) for spec in self.specs}
-        except torch.OutOfMemoryError:
-            rows, tokens = batch.mask.shape
-            smaller = rows * tokens // 2
-            raise ValueError(
-                f"out of memory on {self.device} with {rows} rows of {tokens} tokens; lower batch_tokens, as in batch_tokens={smaller}"
-            ) from None
+        there = batch.to(self.device)
+        with out_of_memory(self.device, *batch.mask.shape), torch.no_grad():
+            with Capture(self.loaded, keys.values()) as capture:
+                forward(self.loaded, there)
+            values = capture.features(there)
+            encoded = [encode_on_device(spec.feature, values[keys[spec.feature]], there, spec) for spec in self.specs]
+            return Pending(encoded, batch, sources)
+
+    def answer(self, batch: Batch, sources: Sequence[str] = ()) -> Arrays:
+        """:meth:`start`, and wait for it.
+
+        Raises:
+            ValueError: a number is not finite as stored (names row and feature).
+            OutOfMemory: the batch is too large.
+        """
+        return self.start(batch, sources).arrays()
 
     def statics(self) -> dict[str, NDArray[Any]]:
         """The weights that derivations need, in the teacher's type (bfloat16 as uint16), one module at a time."""
         return {name: _numpy(weight) for name, weight in live_statics(self.loaded, self.plan.statics).items()}
 
 
-def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable, made: Provenance) -> TeacherPass:
-    """Load the teacher of ``recipe`` and plan what to store of it.
+def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable, made: Provenance, replica: Replica) -> TeacherPass:
+    """Load the teacher of ``recipe``, together with the other ranks of the ``replica``, and plan what to store of it.
 
     Raises:
         ValueError: it cannot be loaded, cannot give a feature, or takes shorter rows.
     """
-    loaded = load_model(recipe.teacher)
+    device = replica.device(recipe.device)
+    loaded = load_model(recipe.teacher, sharding=recipe.sharding, device=device)
     for request in requests:
         check_key(loaded, replace(request.key, form=""))
     check_length(loaded, rows.longest)
+    return pass_of(recipe, requests, loaded, loaded.fingerprint, device, Units.average(rows), made)
+
+
+def pass_of(
+    recipe: DumpRecipe,
+    requests: tuple[Request, ...],
+    loaded: LoadedModel,
+    fingerprint: str,
+    device: torch.device,
+    units: Units,
+    made: Provenance,
+) -> TeacherPass:
+    """What ``recipe`` keeps of a teacher that is there, or of one without weights.
+
+    Args:
+        fingerprint: Of its weights.
+        units: Values that a row has on average; they decide what is stored and what is derived.
+
+    Raises:
+        ValueError: a feature can be neither stored nor derived.
+    """
     blocks = shipped_blocks(recipe.ship_layers, loaded.shape.layers)
-    what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, Units.average(rows))
+    what = plan({request.key: request.dtype for request in requests}, loaded.shape, loaded.wiring, units)
     ids = {request.key: request.ids for request in requests}
     specs = []
     for key, dtype in sorted(what.stored.items()):
         keep_bits, compression = _room(key, requests, what)
         specs.append(feature_spec(key, dtype, loaded.shape.width_of(key.site), ids.get(key, ()), keep_bits, compression))
     info = PassInfo(
-        teacher=loaded.fingerprint,
+        teacher=fingerprint,
         model=str(recipe.teacher.model),
         dtype=recipe.teacher.dtype,
         shape=loaded.shape,
@@ -94,9 +131,7 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
         shipped=bool(blocks),
         made=made,
     )
-    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded.model.to(device)
-    return TeacherPass(loaded, device, requests, what, tuple(specs), info)
+    return TeacherPass(loaded, device, requests, what, tuple(specs), info, alike=recipe.sharding.kind == "tp")
 
 
 def _room(key: FeatureKey, requests: Sequence[Request], what: Plan) -> tuple[int | None, Compression]:

@@ -1,6 +1,8 @@
 """Tiny random models of every family, and one set of documents in every layout of a batch."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from transformers import (
 from online.batch import IGNORED, Batch
 from online.models import HEADS
 from store.shape import Head
+
+sys.path.insert(0, str(Path(__file__).parent))  # on_ranks.py is shared
 
 VOCAB, PAD, LAYERS = 61, 1, 3
 LENGTHS = (11, 7, 4)

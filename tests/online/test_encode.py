@@ -120,6 +120,26 @@ def test_likeliest_words_are_those_that_numpy_finds_also_among_equals(name: str,
         np.testing.assert_allclose(found[part], expected[part], rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("chunk", [1 << 13, 1 << 24])
+@pytest.mark.parametrize("words", [1999, 2048])
+def test_likeliest_words_of_a_large_vocabulary_are_found_also_among_equals(words: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", chunk)
+    logits = torch.randn(24, words)
+    logits[1:9] = (logits[1:9] * 4).round()  # words tie within and across groups
+    logits[9:12] = -torch.inf
+    logits[9:12, 5::200] = 1.0
+    logits[12:14] = 0.0
+    logits[14, words - 1] = 50.0
+    found = top_k(logits, 20)
+    exact = logits.double().numpy()
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(found.ids, order)
+    log_sum = np.logaddexp.reduce(exact, axis=1, keepdims=True)
+    finite = np.isfinite(np.take_along_axis(exact, order, 1))
+    expected = np.take_along_axis(exact, order, 1) - log_sum
+    np.testing.assert_allclose(found.log_probs.numpy()[finite], expected[finite], atol=2e-5, rtol=2e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(

@@ -241,7 +241,7 @@ def test_an_older_schema_is_written_in_todays(tmp_path: Path) -> None:
     store, source = Store.open(tmp_path / "new"), Store.open(old)
     assert verify(store.path) == []
     assert diff((old, store.path)).equal
-    assert store.manifest.schema_version == 2
+    assert store.manifest.schema_version == SCHEMA
     assert store.manifest.passes == source.manifest.passes
     assert store.rows.table.equals(source.rows.table)
     assert (store.path / "bert/hidden.1/all/c.0.0").samefile(old / "bert/hidden.1/all/c.0.0")

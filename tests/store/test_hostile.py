@@ -189,7 +189,7 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "a hundred thousand unknown keys": (lambda tree: tree.update({f"x{n}": 0 for n in range(10**5)}), "problems more"),
     "a million keys": (lambda tree: tree["rows"]["origins"][0]["options"].update({f"x{n}": 0 for n in range(530_000)}), "524,288 keys"),
     "options as deep as a well": (lambda tree: tree["rows"]["origins"][0].update(options={"a": nested(400)}), "options"),
-    "schema 0": (lambda tree: tree.update(schema_version=0), "expected schema version 1 to 2, found 0; read it with a newer release"),
+    "schema 0": (lambda tree: tree.update(schema_version=0), "expected schema version 1 to 3, found 0; read it with a newer release"),
     "schema 3": (lambda tree: tree.update(schema_version=3), "found 3; read it with a newer release"),
     "schema as text": (lambda tree: tree.update(schema_version="2"), "found '2'"),
     "schema as a truth": (lambda tree: tree.update(schema_version=True), "found True"),

@@ -378,11 +378,12 @@ STEPS = st.lists(
 def test_logs_hold_what_was_committed_last_however_they_are_read(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
     store = tmp_path_factory.mktemp("logs")
     (store / "commits").mkdir()
-    logs, wanted = Logs(store), dict[int, Seal]()
+    logs, wanted = Logs(store), dict[int, tuple[Seal, int | None]]()
     for number, (what, shard, place) in enumerate(steps):
         if what == "commit" and shard not in wanted:
-            wanted[shard] = Seal(number, shard)
-            commits.append(store, "bert", shard, {"hidden.1/all": wanted[shard], "final/first": Seal(1, 2)}, place)
+            wanted[shard] = Seal(number, shard), (None, 64, 128)[number % 3]
+            files = {"hidden.1/all": wanted[shard][0], "final/first": Seal(1, 2)}
+            commits.append(store, Commit("bert", shard, files, place, wanted[shard][1]))
         elif what == "drop" and shard in wanted:
             commits.drop(store, commits.replay(store)["bert"][shard])
             del wanted[shard]
@@ -391,7 +392,7 @@ def test_logs_hold_what_was_committed_last_however_they_are_read(tmp_path_factor
         logs.refresh()
         for said in (logs.committed, commits.replay(store)):
             found = said.get("bert", {})
-            assert {each: commit.files["hidden.1/all"] for each, commit in found.items()} == wanted
+            assert {each: (commit.files["hidden.1/all"], commit.batch_tokens) for each, commit in found.items()} == wanted
             assert all(isinstance(commit, Commit) and commit.files["final/first"] == Seal(1, 2) for commit in found.values())
 
 

@@ -50,11 +50,11 @@ def test_rows_are_added_and_answered(
     assert refused.code == 2
     assert "another corpus" in refused.err
     assert "teacher-dump add RECIPE" in refused.err
-    added = teacher_dump("add", recipe, sources)
+    added = teacher_dump("add", recipe, sources, "--rows-only")
     assert added.code == 0, added.err
     assert "added 20 rows" in added.out
     assert "to be answered by bert" in added.out
-    again = teacher_dump("add", recipe, sources)
+    again = teacher_dump("add", recipe, sources, "--rows-only")
     assert (again.code, "already" in again.out) == (0, True)
     for over in ([], [sources]):  # the recipe of either corpus goes on
         assert teacher_dump("run", recipe, *over).code == 0
