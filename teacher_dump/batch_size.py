@@ -39,15 +39,12 @@ def batch_tokens(recipe: DumpRecipe, known: PassInfo | None, teacher: TeacherPas
     """Padded tokens of a batch in this run; all ranks of the ``replica`` ask at once and get the same.
 
     Args:
-        known: The pass as the store has it, if it does: it goes on with the batches that it began with, unless ``recipe`` says
-            others.
+        known: The pass of this name in the store, if there is one: it goes on with the batches that it began with, unless
+            ``recipe`` says others.
 
     Raises:
         OutOfMemory: the longest row does not fit alone.
     """
-    own = teacher.info
-    if known is not None and (known.teacher, known.features) != (own.teacher, own.features):
-        known = None  # another pass of the same name, which gives way or is refused
     frozen = known.batch_tokens if known is not None else None
     if known is not None and frozen is None:  # of an older store: what its last runs have found
         said = [commit.batch_tokens or 0 for commit in store.committed(recipe.pass_name).values()]

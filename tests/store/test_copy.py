@@ -11,7 +11,9 @@ from step_kills import content, killed_at
 from store import FeatureKey, FeatureSpec, PassInfo, Row, RowWriter, Store, StoreBusy, StoreError, StoreWriter, Task, decode
 from store.copies import Copied, Wanted, copy
 from store.diff import diff
+from store.manifest import SCHEMA
 from store.recode import Keeping
+from store.schemas import LINKABLE
 from store.verify import verify
 
 NUMBERS = (
@@ -234,14 +236,19 @@ def test_what_is_stored_for_the_positions_already_is_not_made_twice(numbers: Mad
     check_rows(store, numbers, list(range(len(numbers.rows))))
 
 
-def test_an_older_schema_is_written_in_todays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", range(1, SCHEMA))
+def test_an_older_schema_is_written_in_todays(version: int, tmp_path: Path) -> None:
     old = tmp_path / "old"
-    shutil.copytree(Path(__file__).parent / "schemas" / "1", old)
+    shutil.copytree(Path(__file__).parent / "schemas" / str(version), old)
     made_copy(old, tmp_path / "new")
     store, source = Store.open(tmp_path / "new"), Store.open(old)
     assert verify(store.path) == []
     assert diff((old, store.path)).equal
     assert store.manifest.schema_version == SCHEMA
+    slot = "bert/final/first/c.1.0"
+    assert (old / slot).samefile(store.path / slot)
+    if version in LINKABLE:
+        assert (old / "rows/numbers/c.1.0").samefile(store.path / "rows/numbers/c.1.0")
     assert store.manifest.passes == source.manifest.passes
     assert store.rows.table.equals(source.rows.table)
     assert (store.path / "bert/hidden.1/all/c.0.0").samefile(old / "bert/hidden.1/all/c.0.0")

@@ -80,15 +80,15 @@ def injected(pid: int, calls: str, fault: str, paths: Sequence[Path] = ()) -> It
         pytest.skip("strace is not installed")
     only = [word for path in paths for word in ("-P", str(path))]
     command = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:{fault}", *only, "-p", str(pid)]
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        if not until(lambda: _traced(pid) or tracer.poll() is not None, 10) or tracer.poll() is not None:
-            tracer.kill()
-            pytest.skip(f"this machine does not let processes be traced: {tracer.communicate()[1][:200]}")
-        yield
-    finally:
-        tracer.terminate()
-        tracer.communicate()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        try:
+            until(lambda: _traced(pid) or tracer.poll() is not None, 10)
+            if tracer.poll() is not None and _alive(pid):
+                pytest.skip(f"this machine does not let processes be traced: {tracer.stderr.read()[:200]}")
+            yield
+        finally:
+            tracer.terminate()
 
 
 class Gate:
@@ -115,6 +115,12 @@ def _traced(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         states = [status.read_text() for status in Path(f"/proc/{pid}/task").glob("*/status")]
         return all("TracerPid:\t0\n" not in state for state in states)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     return False
 
 

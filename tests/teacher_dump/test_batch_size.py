@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,21 @@ def test_a_limit_that_is_neither_a_share_nor_bytes_is_refused(memory: object, cl
     assert "memory" in outcome.err
 
 
+@pytest.mark.parametrize(("ranks", "replica"), [(3, 1), (2, 2)])
+def test_all_ranks_of_a_job_take_the_batches_that_the_first_one_finds(
+    ranks: int, replica: int, masked_recipe: Tree, write: Write, tmp_path: Path
+) -> None:
+    del masked_recipe["batch_tokens"]
+    sharding = ["sharding.kind=fsdp", "sharding.size=2"] if replica == 2 else []
+    job = jobs.start(write(masked_recipe), ranks, tmp_path / "said", sharding, replica=replica)
+    assert job.codes() == [0] * ranks, job.said()
+    assert job.said().count("tokens from now on") == 1
+    store = Store.open(Path(masked_recipe["store"]))
+    assert store.complete("bert")
+    assert store.manifest.passes["bert"].batch_tokens is not None
+    assert {commit.batch_tokens for commit in store.committed("bert").values()} == {None}
+
+
 @contextlib.contextmanager
 def at_most(more: int) -> Iterator[None]:
     """Let this process have no more than so many bytes of address space on top of what it has."""
@@ -184,3 +200,15 @@ def test_a_row_that_does_not_fit_alone_is_named(wide_recipe: Tree, write: Write,
             outcome = teacher_dump("run", recipe, long, f"batch_tokens={tokens}")
         assert outcome.code == 2
         assert "out of memory with row 0 of 1002 tokens alone; shard the teacher" in outcome.err
+
+
+@LINUX
+def test_ranks_that_share_a_teacher_say_which_batches_to_take(wide_recipe: Tree, write: Write, tmp_path: Path) -> None:
+    def little(number: int) -> None:
+        now = int(re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+        resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20), resource.RLIM_INFINITY))
+
+    sharding = ["sharding.kind=fsdp", "sharding.size=2", "batch_tokens=16384", "rows.slot_tokens=16384", "rows.sources.0.limit=150"]
+    job = jobs.start(write(wide_recipe), 2, tmp_path / "said", sharding, replica=2, prepare=little)
+    assert 0 not in job.codes(), job.said()
+    assert re.search(r"out of memory on cpu with \d+ rows of 16 tokens; lower batch_tokens, as in batch_tokens=\d+", job.said())

@@ -59,8 +59,29 @@ def test_a_plan_names_what_is_stored_what_is_derived_and_what_it_costs(masked_re
     here, exact, half, brain, _, _ = map(float, derived[-6:])
     assert exact <= half < brain == here < 0.1, "errors of derived features in this recipe, float32, float16 and bfloat16"
     assert "3.9e-03 relative" in out
-    for word in ("bytes/token", "free disk", "tokens/s", "memory: up to", "enough"):
+    for word in ("bytes/token", "free disk", "tokens/s", "rank hours", "of padding", "memory: up to", "enough"):
         assert word in out
+
+
+def test_a_plan_sets_other_shardings_beside_the_measured_one(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
+    out = teacher_dump("plan", write(masked_recipe), "--ranks", "4").out
+    rows = {(" ".join(line.split()[:3]), line.split()[-1]): line.split() for line in out.splitlines() if " × " in line}
+    assert rows.keys() == {("none × 1", "measured")} | {
+        (sharding, "calculated") for sharding in ("none × 1", "zero3 × 2", "zero3 × 4", "fsdp × 2", "fsdp × 4", "tp × 2")
+    }, "two heads are not dealt out to four ranks, and a CPU has nowhere to offload to"
+    held = {name: float(row[3]) for (name, how), row in rows.items() if how == "calculated"}
+    assert held["none × 1"] == pytest.approx(2 * held["zero3 × 2"], rel=0.1)
+    assert held["fsdp × 2"] == pytest.approx(2 * held["fsdp × 4"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_is_measured_on_its_ranks(masked_recipe: Tree, write: Write, run_program: Callable[..., str]) -> None:
+    recipe = write({**masked_recipe, "sharding": {"kind": "fsdp", "size": 2}})
+    out = run_program(recipe.parent, "teacher_dump", "plan", str(recipe), "--nproc", "2")
+    assert out.count("plan of pass bert") == 1, "the first rank speaks"
+    assert " on 2 ranks, " in out
+    assert next(line for line in out.splitlines() if line.startswith("  fsdp × 2")).endswith("measured")
+    assert not Path(masked_recipe["store"]).exists()
 
 
 def test_a_plan_counts_compressed_shards_that_are_there_as_they_are(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
