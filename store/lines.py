@@ -127,6 +127,7 @@ def table_bytes(generation: int, commits: Iterable[Commit]) -> bytes:
 def read_table(store: Path) -> Table:
     """The table of a store; generation 0 has none."""
     path = layout.commit_table(store)
+    there = path.exists()  # asked first: a writer may put one there while this reads nothing
     lines = read_lines(path)
     said = [commits_of(of_line) for of_line in lines[1:]]
     commits = [commit for of_line in said if of_line for commit in of_line]
@@ -134,7 +135,7 @@ def read_table(store: Path) -> Table:
         header = parsed(lines[0])
         return Table(_number(header["generation"]), commits, None not in said and len(said) == _number(header["lines"]))
     except IndexError:
-        return Table(0, [], not path.exists())
+        return Table(0, [], not (there and path.exists()))
     except (ValueError, KeyError, TypeError):
         return Table(_newest(store), commits, False)
 

@@ -65,7 +65,7 @@ def dump(recipe: DumpRecipe, command: Sequence[str], grace: float = GRACE, besid
         StoreError: the store is another's, busy, damaged, or does not fit on the disk; or another rank has failed.
         Stopped: SIGTERM came before the pass was complete.
     """
-    made, start = provenance(command), time.perf_counter()
+    made = provenance(command)
     tokenizer, requests = requested(recipe)
     recipe = placed(recipe)
     sharding = recipe.sharding
@@ -78,16 +78,17 @@ def dump(recipe: DumpRecipe, command: Sequence[str], grace: float = GRACE, besid
             store = Store.open(recipe.store)
             teacher = announce(recipe, teacher, store, writer, replica)
             writes = replica.leads or not teacher.alike
+            left = writer.pending(recipe.pass_name)
             watch.answering(teacher)
             stopping.take_note()
             if writes:
                 done = _answer(recipe, teacher, store, writer, replica, watch, stopping)
             else:
                 Answering(teacher, store, replica, None, watch, stopping).run()
-                done = []
             if stopping.asked:
                 check_complete(recipe.store, recipe.pass_name)
-    return _summary(recipe, done, time.perf_counter() - start, watch.totals)
+    ranks = replica.job_size
+    return _summary(recipe, done if ranks == 1 else left, ranks, watch.totals) if writes else ""
 
 
 def _answer(
@@ -211,8 +212,14 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float, totals: Totals) -> str:
-    """What the run did for the shards ``made``, and what the store now holds of the pass."""
+def _summary(recipe: DumpRecipe, made: Sequence[int], ranks: int, totals: Totals) -> str:
+    """What the run did, and what the store now holds of the pass.
+
+    Args:
+        made: The shards that this process answered, or that the job of so many ``ranks`` found to be done.
+        totals: Of this process.
+    """
+    who, seconds = ("this run" if ranks == 1 else f"meanwhile, {ranks} ranks and any other jobs"), totals.seconds
     store = Store.open(recipe.store)
     tokens = int(store.rows.slot_tokens[list(made)].sum())
     commits = store.committed(recipe.pass_name)
@@ -220,11 +227,11 @@ def _summary(recipe: DumpRecipe, made: Sequence[int], seconds: float, totals: To
     lines = [f"{recipe.store}: pass {recipe.pass_name} is complete, {len(commits):,} shards of {store.manifest.rows.rows:,} rows"]
     if tokens:
         lines.append(
-            f"this run: {tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
+            f"{who}: {tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
             f"{size(written)} of features ({written / tokens:,.0f} bytes a token)"
         )
-        lines.append(totals.efficiency)
+        lines.append(totals.efficiency if ranks == 1 else f"rank 0: {totals.efficiency}")
     else:
-        lines.append("this run: nothing was left to do")
+        lines.append(f"{who}: nothing was left to do")
     lines += describe_errors(read_errors(recipe.store, recipe.pass_name))
     return "\n".join(lines)
