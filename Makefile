@@ -28,8 +28,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A worker for each core; the tests of a file stay together, since they share what takes long to make.
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist loadfile
 
 # Hundreds of kills of ranks, full disks and failing file systems: ten to twenty minutes; strace and mounts are used where they are allowed.
 KILLS ?= 300
