@@ -22,6 +22,9 @@ T = TypeVar("T")
 Many = Annotated[tuple[T, ...], FailFast()]
 """Items of a list that a store may make as long as it likes: the first wrong one is told, not a million of them."""
 
+MEMBER = "<"
+"""Tags of the members of a union begin with it: they tell which one was meant, and stay out of messages."""
+
 _PROBLEMS = 20
 """As many are listed."""
 
@@ -48,6 +51,11 @@ def load_yaml(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     Raises:
         ValueError: the file is missing, is no YAML mapping, or does not fit the model.
     """
+    return parse(model, read_yaml(path, overrides), str(path))
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain data that ``load_yaml`` reads as a model."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,7 +68,7 @@ def load_yaml(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
         raise ValueError(f"{path}: expected a mapping of options, found {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
-    return parse(model, tree, str(path))
+    return tree
 
 
 def load_json(data: bytes) -> Any:  # noqa: ANN401
@@ -109,9 +117,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems
         ):
             continue  # its items are there, but wrong
-        path = _cut(".".join(str(part) for part in problem["loc"][:_LONGEST]))
+        loc = [part for part in problem["loc"] if not str(part).startswith(MEMBER)]
+        path = _cut(".".join(str(part) for part in loc[:_LONGEST]))
         if problem["type"] == "extra_forbidden":
-            known = sorted({name for parent in _models_at(model, problem["loc"][:-1]) for name in parent.model_fields})
+            known = sorted({name for parent in _models_at(model, loc[:-1]) for name in parent.model_fields})
             lines.append(f"{where}: unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {path}: required, not given")
@@ -174,6 +183,8 @@ def _models_at(annotation: object, path: Sequence[object]) -> Iterator[type[Base
             yield from _models_at(annotation, path[1:])
         return
     origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _models_at(get_args(annotation)[0], path)
     if origin in (Union, types.UnionType):
         for member in get_args(annotation):
             yield from _models_at(member, path)

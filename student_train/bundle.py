@@ -4,19 +4,26 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from online.batch import Batch, Features
-from online.capture import Capture
-from online.models import LoadedModel, forward
+from online.models import LoadedModel
+from online.sharding import Whole
 from store.features import FeatureKey
 from student_train.methods.base import Method, Terms
+from student_train.moment import START, Moment
 from student_train.recipe import MethodSpec
+from student_train.schedule import at
+from student_train.step import Step, run
+
+Meta = tuple[Batch, Features]
 
 
 class Bundle(nn.Module):
     """Student and methods under one ``forward``, so that DDP reduces the gradients of all their passes once.
 
-    Teachers never live in here: they neither train nor reach a checkpoint.
+    Teachers never live in here: they neither train nor reach a checkpoint. Their features come under the names that the
+    phase's data gives them (empty for the only one); a method sees those of its teacher alone, under keys without a name.
     """
 
     accepts_loss_kwargs = True
@@ -27,11 +34,29 @@ class Bundle(nn.Module):
         self.loaded = student
         self.student = student.model
         self.methods = nn.ModuleDict()
-        self.weights: dict[str, float] = {}
-        for spec, method in methods:
-            name = next(name for name in (spec.name, *(f"{spec.name}-{n}" for n in range(2, 99))) if name not in self.weights)
+        self.specs: dict[str, MethodSpec] = {}
+        self.moment = START
+        self.probed: dict[str, Tensor] | None = None
+        """Where a forward pass leaves the norm of each term's gradient in the student; None: it is not asked to."""
+        for (spec, method), name in zip(methods, method_names([spec for spec, _ in methods]), strict=True):
             self.methods[name] = method
-            self.weights[name] = spec.weight
+            self.specs[name] = spec
+        self._perturbs = [name for name, method in self._named() if method.perturbs]
+        if self._perturbs and not isinstance(student.weights, Whole):
+            raise ValueError(
+                f"{self._perturbs[0]}: its perturbation takes gradients by itself, and ranks of a sharded student lack weights for that; "
+                "expected a student under DDP, or perturbation: false"
+            )
+
+    def begin(self, moment: Moment) -> None:
+        """The optimiser step that all calls belong to from now on."""
+        self.moment = moment
+        for _, method in self._named():
+            method.moment = moment
+
+    def weight(self, name: str) -> float:
+        """The weight of method ``name`` in this step."""
+        return at(self.specs[name].weight, self.moment)
 
     def taking_part(self, taught: bool) -> dict[str, Method]:
         """The methods of a step by name: all where the rows have a teacher (``taught``), else those that read none of its features."""
@@ -42,7 +67,9 @@ class Bundle(nn.Module):
         methods = self.taking_part(taught).items()
         return {f"{name}/{term}": float(count) for name, method in methods for term, count in method.counts(batch).items()}
 
-    def forward(self, batch: Batch, teacher: Features, counts: Mapping[str, float], taught: bool) -> tuple[Tensor, Terms]:
+    def forward(
+        self, batch: Batch, teacher: Features, counts: Mapping[str, float], taught: bool, meta: Meta | None = None
+    ) -> tuple[Tensor, Terms]:
         """The loss of ``batch`` and its terms, as they enter it: weight * sum / count.
 
         ``counts`` are those of the whole optimiser step, over ranks and accumulation; the losses of its micro-batches
@@ -50,18 +77,24 @@ class Bundle(nn.Module):
         autocast; what the methods make of its features is float32.
         """
         methods = self.taking_part(taught)
-        keys: frozenset[FeatureKey] = frozenset().union(*(method.student_keys for method in methods.values()))
-        with Capture(self.loaded, keys, grad=True) as capture:
-            forward(self.loaded, batch)
-            student = capture.features(batch)  # float32
-        terms: Terms = {}
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            for name, method in methods.items():
-                for term, total in method(student, teacher, batch).items():
-                    full = f"{name}/{term}"
-                    terms[full] = total * (self.weights[name] / (counts[full] or 1.0))
-            loss = torch.stack(list(terms.values())).sum()
-        return loss, {name: term.detach() for name, term in terms.items()}
+        for name, method in methods.items():
+            own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]))
+            method.prepare(Step(self.loaded, batch, self.of_teacher(name, teacher), own))
+        added_BTW = None
+        if self.training and not methods.keys().isdisjoint(self._perturbs):
+            added_BTW = self._perturbation(methods, batch, teacher, counts)
+        terms = self._terms(methods, batch, teacher, counts, added_BTW)
+        if self.probed is not None:
+            self.probed.update(self._norms(terms))
+        return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
+
+    def of_teacher(self, name: str, features: Features) -> Features:
+        """What method ``name`` reads of ``features``."""
+        method = self.methods[name]
+        assert isinstance(method, Method)
+        if method.several:
+            return {key: features[key] for key in method.teacher_keys}
+        return {key: features[key.of(self.specs[name].teacher or "")] for key in method.teacher_keys}
 
     def checkpoint_activations(self, where: str) -> None:
         """Recompute the student's activations in the backward pass; not re-entrant, or captured features lose their gradient."""
@@ -71,5 +104,47 @@ class Bundle(nn.Module):
         enable = self.student.activation_checkpointing_enable if new_name else self.student.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
+    def _terms(
+        self, methods: Mapping[str, Method], batch: Batch, teacher: Features, counts: Mapping[str, float], added_BTW: Tensor | None
+    ) -> Terms:
+        keys: frozenset[FeatureKey] = frozenset().union(*(method.student_keys for method in methods.values()))
+        student = run(self.loaded, batch, keys, added_BTW) if keys else {}
+        terms: Terms = {}
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            for name, method in methods.items():
+                for term, total in method(student, self.of_teacher(name, teacher), batch).items():
+                    full = f"{name}/{term}"
+                    terms[full] = total * (self.weight(name) / (counts[full] or 1.0))
+        return terms
+
+    def _perturbation(self, methods: Mapping[str, Method], batch: Batch, teacher: Features, counts: Mapping[str, float]) -> Tensor:
+        """The unit vectors [B, T, W] along which the loss grows fastest at each token's embedding; zero on padding.
+
+        Taken with autograd.grad, so that no weight's gradient is touched and DDP reduces nothing (LRC-BERT, Fu et al.
+        2021, section 3.4).
+        """
+        zero_BTW = torch.zeros(*batch.mask.shape, self.loaded.shape.width, device=batch.mask.device, requires_grad=True)
+        loss = torch.stack(list(self._terms(methods, batch, teacher, counts, zero_BTW).values())).sum()
+        (slope_BTW,) = torch.autograd.grad(loss, zero_BTW)
+        return F.normalize(slope_BTW, dim=-1) * batch.mask[..., None]
+
+    def _norms(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Term -> norm of its gradient in the student's weights, of this micro-batch on this rank."""
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            slopes = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+            found = [slope.float().norm() for slope in slopes if slope is not None]
+            norms[name] = torch.stack(found).norm() if found else torch.zeros(())
+        return norms
+
     def _named(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]
+
+
+def method_names(specs: Sequence[MethodSpec]) -> list[str]:
+    """What each method of a phase is called in logs, checkpoints and ``carry``: its name, and ``NAME-2`` for a second of the kind."""
+    names: list[str] = []
+    for spec in specs:
+        names.append(next(name for name in (spec.name, *(f"{spec.name}-{n}" for n in range(2, 999))) if name not in names))
+    return names

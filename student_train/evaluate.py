@@ -98,8 +98,8 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, 
         for name, count in bundle.counts(batch, data.taught).items():
             counts[name] = counts.get(name, 0.0) + count
         for name, method in methods.items():
-            for term, total in method(student, teacher, batch).items():
-                sums[f"{name}/{term}"] = sums.get(f"{name}/{term}", 0.0) + float(total) * bundle.weights[name]
+            for term, total in method(student, bundle.of_teacher(name, teacher), batch).items():
+                sums[f"{name}/{term}"] = sums.get(f"{name}/{term}", 0.0) + float(total) * bundle.weight(name)
     columns = {column: torch.cat(parts).numpy() for column, parts in gathered.items()}
     scores = {name: METRICS[name].compute(*(columns[column] for column in METRICS[name].columns)) for name in metrics}
     terms = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}

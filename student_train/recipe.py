@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,15 @@ from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
 from store.together import PassName
+from student_train.schedule import Scheduled
+
+
+def _different_passes(value: PassName | None) -> PassName | None:
+    if not isinstance(value, tuple):
+        return value
+    if not value or len(set(value)) < len(value):
+        raise ValueError("expected a pass, or different passes of one teacher such as [bert, bert-2]")
+    return value[0] if len(value) == 1 else value
 
 
 class DataSpec(Strict):
@@ -24,6 +33,8 @@ class DataSpec(Strict):
     pass_name: PassName | None = None
     """Teacher pass to learn from, or a list of passes that one teacher answered, which are read as one; None where the store has no
     pass, or the phase no teacher."""
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], PassName] = Field(default_factory=dict)
+    """Instead of pass_name, for methods that learn from several teachers: name -> its pass, or passes. Order them from small to large."""
     where: Where | None = None
     """Take only the rows that meet these conditions."""
     follow: float | None = Field(default=None, gt=0)
@@ -40,14 +51,22 @@ class DataSpec(Strict):
     @field_validator("pass_name")
     @classmethod
     def _different(cls, value: PassName | None) -> PassName | None:
-        if not isinstance(value, tuple):
-            return value
-        if not value or len(set(value)) < len(value):
-            raise ValueError("expected a pass, or different passes of one teacher such as [bert, bert-2]")
-        return value[0] if len(value) == 1 else value
+        return _different_passes(value)
+
+    @field_validator("teachers")
+    @classmethod
+    def _different_of_each(cls, value: dict[str, PassName]) -> dict[str, PassName]:
+        return {name: passes for name, given in value.items() if (passes := _different_passes(given)) is not None}
+
+    @property
+    def answers(self) -> dict[str, PassName]:
+        """Teacher -> its pass or passes; the only one has no name."""
+        return {"": self.pass_name} if self.pass_name is not None else self.teachers
 
     @model_validator(mode="after")
     def _consistent_rows(self) -> "DataSpec":
+        if self.pass_name is not None and self.teachers:
+            raise ValueError("expected pass_name (one teacher) or teachers (several), found both")
         if self.window is not None and self.shuffle != "block":
             raise ValueError("window goes with shuffle: block")
         if self.where is not None and self.pass_name is None and (self.where.entropy or self.where.confidence):
@@ -55,16 +74,33 @@ class DataSpec(Strict):
         return self
 
 
+class ImportantLayers(Strict):
+    """The teacher's blocks that change its hidden states most (block influence), in their order."""
+
+    keep: int = Field(ge=1)
+    """How many."""
+    by: Literal["importance"]
+    """1 - the mean cosine of a block's input and output, from the hidden states that the store's pass holds."""
+
+
 class StudentSpec(Strict):
-    """Where the student's first weights come from; exactly one of ``model``, ``layers``, ``phase``, ``random``."""
+    """Where the student's first weights come from; exactly one of ``model``, ``layers`` (with or without ``width``, which by itself takes
+    all blocks), ``phase``, ``random``."""
 
     model: ModelSpec | None = None
     """A Hugging Face folder, as it is."""
-    layers: tuple[int, ...] | str | None = None
+    layers: tuple[int, ...] | str | ImportantLayers | None = None
     """Teacher blocks counted from 1, in this order, with embeddings, norms and head; ``first 3`` is [1, 2, 3],
-    ``every 2`` of six blocks is [2, 4, 6]."""
+    ``every 2`` of six blocks is [2, 4, 6], ``{keep: 3, by: importance}`` those that change hidden states most."""
+    width: dict[str, Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
+    """Cut these blocks (by default all) narrower: changes to the source's configuration, such as {hidden_size: 192,
+    num_attention_heads: 6, intermediate_size: 768}. Rows and columns of the weights are left out, heads as a whole; such a student
+    starts far from its teacher."""
+    width_by: Literal["first", "importance"] = "first"
+    """Which channels, heads and feed-forward units stay: the first ones, or those of the largest activations in the store's pass
+    (feed-forward units: of the largest weights)."""
     source: Path | None = None
-    """Folder whose blocks ``layers`` or whose configuration ``random`` takes; by default what the store's pass ships."""
+    """Folder whose blocks ``layers`` and ``width`` or whose configuration ``random`` take; by default what the store's pass ships."""
     phase: str | None = None
     """Output of an earlier phase of this recipe."""
     random: dict[str, int | float | str | bool] | None = None
@@ -77,7 +113,7 @@ class StudentSpec(Strict):
 
     @field_validator("layers")
     @classmethod
-    def _known_choice(cls, value: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+    def _known_choice(cls, value: tuple[int, ...] | str | ImportantLayers | None) -> tuple[int, ...] | str | ImportantLayers | None:
         if isinstance(value, str) and not re.fullmatch(r"(first|every) [1-9]\d*", value):
             raise ValueError("expected a list of blocks such as [1, 2, 3], 'first 3' or 'every 2'")
         if value == ():
@@ -88,10 +124,14 @@ class StudentSpec(Strict):
     def _one_start(self) -> "StudentSpec":
         starts = ("model", "layers", "phase", "random")
         given = [name for name in starts if getattr(self, name) is not None]
+        if self.width is not None and self.layers is None:  # of all blocks
+            given.append("width")
         if len(given) != 1:
             raise ValueError(f"expected exactly one of {', '.join(starts)}; given: {', '.join(given) or 'none'}")
-        if self.source is not None and given[0] not in ("layers", "random"):
-            raise ValueError(f"source goes with layers or random, not with {given[0]}")
+        if self.source is not None and given[0] not in ("layers", "width", "random"):
+            raise ValueError(f"source goes with layers, width or random, not with {given[0]}")
+        if self.width_by != "first" and self.width is None:
+            raise ValueError("width_by says what of a width stays: give width")
         if self.model is not None and (self.head, self.labels) != (None, None):
             raise ValueError("head and labels of a folder are given inside model")
         return self
@@ -101,8 +141,12 @@ class MethodSpec(Strict):
     """One method with its weight; ``options`` are checked against the method's own arguments."""
 
     name: str
-    weight: float = 1.0
+    weight: Scheduled = 1.0
     options: dict[str, object] = Field(default_factory=dict)
+    teacher: str | None = None
+    """Which of the data's ``teachers`` it learns from, where there are several and it learns from one."""
+    carry: str | None = None
+    """Earlier phase whose method of this name hands on the parameters that it learned, projections for instance; fresh ones by default."""
 
 
 class PhaseSpec(Strict):
@@ -113,6 +157,8 @@ class PhaseSpec(Strict):
     data: tuple[DataSpec, ...] = Field(min_length=1)
     teacher: Literal["store", "none"] = "store"
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    meta: DataSpec | None = None
+    """Held-out rows, a batch of which methods that learn weights for the training rows look at in each step (rw_kd)."""
     evaluate: tuple[DataSpec, ...] = ()
     metrics: tuple[str, ...] = ()
     """Names of student_train.metrics.METRICS, measured on each of ``evaluate``."""
@@ -128,6 +174,8 @@ class PhaseSpec(Strict):
     """Loader processes of each rank."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a better ``best`` metric."""
+    gradient_norms: int | None = Field(default=None, ge=1)
+    """Log every so many steps the norm of the gradient in each block of the student, and in the whole of it for each loss term."""
     best: str | None = None
     """Metric that picks the exported weights; a leading minus means lower is better. None exports the last."""
     trainer: dict[str, object] = Field(default_factory=dict)
@@ -145,8 +193,10 @@ class PhaseSpec(Strict):
             raise ValueError(f"phase {self.name!r}: best needs evaluate")
         if self.patience is not None and self.best is None:
             raise ValueError(f"phase {self.name!r}: patience needs best, the metric to watch")
-        if self.teacher == "store" and not any(data.pass_name for data in self.data):
+        if self.teacher == "store" and not any(data.answers for data in self.data):
             raise ValueError(f"phase {self.name!r} learns from a teacher: give its data a pass_name, or the phase 'teacher: none'")
+        if self.meta is not None and (self.meta.weight, self.meta.by_length) != (1.0, None):
+            raise ValueError(f"phase {self.name!r}: meta is one split, read at random: leave out weight and by_length")
         return self
 
 
@@ -167,6 +217,10 @@ class TrainRecipe(Strict):
             if start is not None and start not in earlier:
                 known = did_you_mean(start, earlier) if earlier else ": it is the first"
                 raise ValueError(f"phase {phase.name!r} starts from {start!r}, which is no earlier phase{known}")
+            for method in phase.methods:
+                if method.carry is not None and method.carry not in earlier:
+                    known = did_you_mean(method.carry, earlier) if earlier else ": it is the first"
+                    raise ValueError(f"phase {phase.name!r}: {method.name} carries from {method.carry!r}, which is no earlier phase{known}")
             earlier.append(phase.name)
         return self
 

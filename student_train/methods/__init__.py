@@ -11,7 +11,7 @@ from store.shape import ModelShape
 from store.strict import Strict, did_you_mean, explain
 from student_train.methods.att_kl import AttKL
 from student_train.methods.att_mse import AttMSE
-from student_train.methods.base import Method
+from student_train.methods.base import Method, TeacherShapes
 from student_train.methods.distilbert import DistilBERT
 from student_train.methods.hid_cls import HidCLS
 from student_train.methods.hid_seq import HidSeq
@@ -45,16 +45,16 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def parse_method(name: str, options: dict[str, object], student: ModelShape, teacher: ModelShape | None) -> Method:
-    """Build the method ``name`` for a pair of models; ``options`` are those of its ``__init__``, types and ranges checked.
+def parse_method(name: str, options: dict[str, object], student: ModelShape, teacher: ModelShape | TeacherShapes | None) -> Method:
+    """Build the method ``name`` for a student and its teacher; ``options`` are those of its ``__init__``, types and ranges checked.
+
+    ``teacher`` is all of the phase's teachers by name where the method is for several of them.
 
     Raises:
         ValueError: unknown method or option (with the nearest known one), a value of another type or out of range, no
             teacher where one is needed, or two models that the method cannot compare.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{did_you_mean(name, list(METHODS))}")
-    cls = METHODS[name]
+    cls = method_class(name)
     if cls.needs_teacher and teacher is None:
         alone = ", ".join(other for other, method in METHODS.items() if not method.needs_teacher)
         raise ValueError(f"method {name} learns from a teacher, but the phase has none; without one: {alone}")
@@ -69,6 +69,13 @@ def parse_method(name: str, options: dict[str, object], student: ModelShape, tea
         return build(student, teacher, **arguments)
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
+
+
+def method_class(name: str) -> type[Method]:
+    """The method ``name``; raises ValueError with the nearest known one."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, list(METHODS))}")
+    return METHODS[name]
 
 
 def _options_model(cls: type[Method]) -> type[Strict]:

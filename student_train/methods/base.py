@@ -1,24 +1,56 @@
 """What a method is: keys it needs of both sides, and sums of loss terms with their counts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field
 from torch import Tensor, nn
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
+from student_train.moment import START, Moment
+from student_train.schedule import NUMBER, SCHEDULE, Schedule, Scheduled, at, check_range, kind_of
+from student_train.step import Step, Survey
 
 Terms = dict[str, Tensor]
 """Name of a term -> 0-d float32."""
 
 Weight = Annotated[float, Field(ge=0)]
 """Weight of one term of a method; 0 leaves the term, and the features only it reads, out."""
-Temperature = Annotated[float, Field(gt=0)]
+
+
+def _always_positive(schedule: Schedule) -> Schedule:
+    check_range("temperature", schedule, above=0)
+    return schedule
+
+
+Temperature = Annotated[
+    Annotated[float, Field(gt=0), NUMBER] | Annotated[Schedule, AfterValidator(_always_positive), SCHEDULE], Discriminator(kind_of)
+]
+"""T of a softmax, or how it changes."""
 LayerMap = Literal["uniform", "last"] | list[tuple[int, int]]
 """Which teacher block each student block learns from: pairs (student, teacher) counted from 1 (0 is the embedding output
 where a method reads it), ``uniform`` as TinyBERT (student l from l * N_t / N_s, Jiao et al. 2020) or ``last`` (N_s from N_t)."""
+
+
+TeacherShapes = Mapping[str, ModelShape]
+"""Name of a teacher in the recipe's data -> its shape, in the recipe's order."""
+
+Knowledge = Literal["embedding", "attention", "hidden", "soft", "hard"]
+"""What a method learns from: GLMD's columns (Tan et al. 2023, arXiv 2306.06625, table 6)."""
+
+Kind = Literal[
+    "reads intermediate features",
+    "reads other features as it goes",
+    "changes what the student computes",
+    "has parameters of its own",
+    "changes its loss as it goes",
+    "compares rows of a batch",
+    "learns from several teachers",
+    "trains in several phases",
+]
+"""In what a method differs from a loss on logits, after the kinds that GKD's hooks serve (Tan et al. 2023, arXiv 2306.06629)."""
 
 
 class Method(nn.Module):
@@ -27,10 +59,28 @@ class Method(nn.Module):
     A subclass hands ``__init__`` the keys (no pass name) that it reads, chosen from the two shapes and its options
     alone; it never sees a model, and does not know where the teacher's features come from. Its parameters train beside
     the student and never reach the exported model. The trainer runs ``forward`` with autocast off: losses are float32.
+
+    What changes as training goes follows from ``self.moment`` (``schedule.at``, ``moment.draws``), or from buffers: a
+    checkpoint holds them. Both are the same on all ranks. What compares the rows of a batch gathers them first (student_train.gather).
     """
 
+    paper: ClassVar[str] = ""
+    """Authors, year, arXiv number or place."""
+    stages: ClassVar[Mapping[str, tuple[Knowledge, ...]]] = {}
+    """Stage of the paper -> what it learns from there."""
+    kinds: ClassVar[frozenset[Kind]] = frozenset()
+    accepts: ClassVar[str] = "any"
+    """Which students it takes, for people: ``as many heads, any width``."""
     needs_teacher: ClassVar[bool] = True
     """Whether it learns from a teacher; otherwise ``teacher`` may be None and the teacher's features empty."""
+    several: ClassVar[bool] = False
+    """Whether ``__init__`` takes the ``TeacherShapes`` of the phase; the pass name of a teacher's key is then that teacher's name."""
+    least_rows: ClassVar[int] = 1
+    """Rows that a micro-batch must have over all ranks."""
+    watches: ClassVar[bool] = False
+    """Whether ``learned`` wants to be told."""
+    perturbs: bool = False
+    """Whether the step is to be taken at embeddings moved by one unit vector along their gradient (LRC-BERT)."""
 
     def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False) -> None:
         super().__init__()
@@ -38,6 +88,12 @@ class Method(nn.Module):
         self.teacher_keys = frozenset(teacher_keys)
         self.reads_labels = reads_labels
         """Whether a term learns from the task labels of rows or tokens."""
+        self.moment: Moment = START
+        """The optimiser step that its next calls belong to."""
+
+    def now(self, value: Scheduled) -> float:
+        """An option at this step."""
+        return at(value, self.moment)
 
     def counts(self, batch: Batch) -> Terms:
         """Term -> how many tokens, rows or pairs of ``batch`` it sums over; known before any forward pass.
@@ -49,6 +105,22 @@ class Method(nn.Module):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         """Term -> weighted sum over ``batch``, differentiable in the student's features; the same names as ``counts``."""
         raise NotImplementedError
+
+    def survey(self, rows: Survey) -> None:
+        """Told once, before the first step, which rows it will learn from."""
+
+    def prepare(self, step: Step) -> None:
+        """Called before ``forward`` of each micro-batch that is trained on, for passes of the student that the method makes by itself."""
+
+    def learned(self, means: Mapping[str, float]) -> None:
+        """Told after each optimiser step, on all ranks alike, the means of its terms (where there was anything to learn from)."""
+
+    def gates(self) -> Mapping[int, float] | None:
+        """Factors on the learning rate in this step: student block -> factor, 0 for all else of the student; None leaves it alone.
+
+        A factor of 0 keeps weights and their optimiser state as they are.
+        """
+        return None
 
 
 def layer_pairs(layers: LayerMap, student: ModelShape, teacher: ModelShape, lowest: int = 1) -> list[tuple[int, int]]:

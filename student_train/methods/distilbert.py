@@ -65,7 +65,7 @@ class DistilBERT(Method):
         terms = {}
         if self.soft:
             terms["soft"] = (
-                self.soft * kl(vectors(student, self.logits, batch), vectors(teacher, self.logits, batch), self.temperature).sum()
+                self.soft * kl(vectors(student, self.logits, batch), vectors(teacher, self.logits, batch), self.now(self.temperature)).sum()
             )
         if self.mlm:
             terms["mlm"] = self.mlm * word_loss(vectors(student, LABELS, batch), batch)

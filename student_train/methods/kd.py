@@ -59,12 +59,13 @@ class KD(Method):
         return terms
 
     def _soft(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        temperature = self.now(self.temperature)
         if self.shape.head == "multiple_choice":
-            log_p_B, log_q_B = (group_log_softmax(z.squeeze(-1) / self.temperature, batch.groups) for z in (teacher, student))
-            return self.temperature**2 * (log_p_B.exp() * (log_p_B - log_q_B)).sum()
+            log_p_B, log_q_B = (group_log_softmax(z.squeeze(-1) / temperature, batch.groups) for z in (teacher, student))
+            return temperature**2 * (log_p_B.exp() * (log_p_B - log_q_B)).sum()
         if self.shape.labels == 1:
             return (student - teacher).square().sum()
-        return kl(student, teacher, self.temperature).sum()
+        return kl(student, teacher, temperature).sum()
 
 
 def _group_count(batch: Batch) -> Tensor:

@@ -67,11 +67,11 @@ class LMKD(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         logits_UV, target = vectors(student, self.student_key, batch), teacher[self.teacher_key]
         if not isinstance(target, TopK):
-            return {"words": kl(logits_UV, vectors(teacher, self.teacher_key, batch), self.temperature).sum()}
+            return {"words": kl(logits_UV, vectors(teacher, self.teacher_key, batch), self.now(self.temperature)).sum()}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
         log_p_UK, log_tail_U = (units(value, batch, self.positions) for value in (target.log_probs, target.log_tail))
         if self.tail == "none" or ids_UK.shape[-1] == logits_UV.shape[-1]:  # a ghost of no words has no probability to compare
-            return {"words": kl(logits_UV.gather(-1, ids_UK), log_p_UK, self.temperature).sum()}
+            return {"words": kl(logits_UV.gather(-1, ids_UK), log_p_UK, self.now(self.temperature)).sum()}
         log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
         return {"words": (log_p_UK1.exp() * (log_p_UK1 - head_and_tail(logits_UV, ids_UK))).sum()}
 

@@ -116,9 +116,9 @@ class Match(Method):
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.distance == "kl":
-            return kl(student, teacher, self.temperature)
+            return kl(student, teacher, self.now(self.temperature))
         if self.distance == "ce":
-            return soft_ce(student, teacher, self.temperature)
+            return soft_ce(student, teacher, self.now(self.temperature))
         if self.distance == "cosine":
             return cosine(student, teacher)
         return self._elements(student, teacher).mean(-1)

@@ -1,16 +1,18 @@
 """Sentence embeddings: pooled vectors, and the similarities of the sentences of a batch.
 
-Shapes: B rows, W width.
+Shapes: B rows, R rows of all ranks, W width.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional as F
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
+from student_train.gather import gathered
 from student_train.methods.base import Method, Terms, Weight, check_block, check_weights
 from student_train.methods.losses import cosine, mse, projection, unit_count, vectors
 
@@ -21,12 +23,12 @@ class Sentence(Method):
     ``mse`` is Reimers, Gurevych, "Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation",
     EMNLP 2020, arXiv 2004.09813, equation 1, with a mean over width. ``similarity`` compares the cosine matrices of the batch
     as Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv 1907.09682, compares its Gram
-    matrices (theirs are normalised by row): sum over i != j of (cos_s(i, j) - cos_t(i, j))^2. It needs no equal widths and
+    matrices (theirs are normalised by row): for each i the mean over j != i of (cos_s(i, j) - cos_t(i, j))^2. It needs no equal widths and
     no W, and depends on which rows share a micro-batch. W is learned, and only where the widths differ.
 
     ``student_layer`` and ``teacher_layer`` choose a hidden state (0 is the embedding output); unset, the final one.
 
-    Terms ``cosine``, ``mse`` (rows) and ``similarity`` (ordered pairs of rows).
+    Terms ``cosine``, ``mse`` and ``similarity`` (rows).
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Sentence(Method):
         if self.mse:
             terms["mse"] = rows
         if self.similarity:
-            terms["similarity"] = rows * (rows - 1)
+            terms["similarity"] = rows
         return terms
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
@@ -70,6 +72,13 @@ class Sentence(Method):
             if self.mse:
                 terms["mse"] = self.mse * mse(projected_BW, teacher_BW).sum()
         if self.similarity:
-            student_BB, teacher_BB = (F.normalize(x_BW, dim=-1) @ F.normalize(x_BW, dim=-1).T for x_BW in (student_BW, teacher_BW))
-            terms["similarity"] = self.similarity * (student_BB - teacher_BB).square().sum()  # 0 on the diagonal
+            student_BR, teacher_BR = (_cosines(x_BW, self.training) for x_BW in (student_BW, teacher_BW))
+            squares_BR = (student_BR - teacher_BR).square()  # 0 between a row and itself
+            terms["similarity"] = self.similarity * squares_BR.sum() / max(1, squares_BR.shape[1] - 1)
         return terms
+
+
+def _cosines(x_BW: Tensor, training: bool) -> Tensor:
+    """[B, R] cosines of each row with all rows of all ranks."""
+    unit_BW = F.normalize(x_BW, dim=-1)
+    return unit_BW @ gathered(unit_BW, training).T
