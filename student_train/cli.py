@@ -28,6 +28,15 @@ A recipe is a YAML file:
       metrics: [accuracy, agreement]
       epochs: 3
 """
+CHAIN_EXAMPLE = """\b
+A chain is a YAML file; paths are relative to the folder that the chain is started in:
+  steps:
+    - {dump: dump.yaml, nproc: 8}                    # teacher-dump run dump.yaml --nproc 8
+    - {train: train.yaml, phase: assistant}          # student-train run train.yaml --phase assistant
+    - {dump: assistant.yaml, set: [dtype=float16]}   # its teacher is OUTPUT/assistant/student
+    - {train: train.yaml, phase: student}
+Further steps: {rows: RECIPE}, {augment: RECIPE}, {add: RECIPE}. See docs/chains.md.
+"""
 
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -90,6 +99,38 @@ def phase(recipe: Path, name: str) -> None:
 
     loaded = load_yaml(TrainRecipe, recipe)
     train_phase(loaded, outline(loaded, loaded.phase(name)), read_run(loaded.output))
+
+
+@program.command(epilog=CHAIN_EXAMPLE)
+@click.argument("chain", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option("--print", "only_print", is_flag=True, help="Print the command of each step for a shell, and run none.")
+def chain(chain: Path, overrides: tuple[str, ...], only_print: bool) -> None:
+    """Run the steps of CHAIN in their order, each in a process of its own, or go on where an earlier run stopped.
+
+    A phase's student is the next dump's teacher: its recipe names OUTPUT/PHASE/student, which an earlier step makes. All
+    recipes are read before the first step starts. Each program skips what it has done already, so a chain that was
+    stopped goes on with the same command. A step that fails ends the chain with its exit code.
+
+    Options of the chain can be set on the command line: student-train chain chain.yaml steps.0.nproc=4
+    """
+    import shlex
+
+    from store.strict import load_yaml
+    from student_train.chain import Chain, check
+    from student_train.chain_run import StepError, run_chain
+
+    loaded = load_yaml(Chain, chain, overrides)
+    check(loaded)
+    if only_print:
+        for step in loaded.steps:
+            click.echo(shlex.join(step.words))
+        return
+    try:
+        run_chain(loaded)
+    except StepError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.code)
 
 
 @program.command()

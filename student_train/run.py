@@ -2,19 +2,17 @@
 
 import logging
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import distributed
 
 from online.models import check_length
+from online.teacher import Teacher, Teachers
 from store.errors import MissingFeature
 from store.features import FeatureKey
 from store.manifest import Provenance
@@ -23,13 +21,14 @@ from store.reader import Store
 from store.together import PassName, names
 from student_train.arguments import training_arguments
 from student_train.bundle import Bundle
-from student_train.data import Source
+from student_train.carry import carry, check_carried, dropped, keep
+from student_train.child import run_child
+from student_train.data import Source, survey
 from student_train.evaluate import HeldOut, evaluate, held_out_rows
 from student_train.export import Lineage, export
 from student_train.init import build, check_start
-from student_train.methods import parse_method
 from student_train.methods.base import Method
-from student_train.outline import Outline, outline, score_names
+from student_train.outline import Keys, Outline, outline, score_names
 from student_train.output import (
     CHECKPOINTS,
     finished,
@@ -125,10 +124,13 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
-        micro_batches([Source.of(data, Store.open(data.store), None) for data in phase.data], phase, recipe.seed)
+        meta = None if phase.meta is None else Source.of(phase.meta, Store.open(phase.meta.store), None)
+        micro_batches([Source.of(data, Store.open(data.store), None) for data in phase.data], phase, recipe.seed, meta)
+        for earlier in sorted({spec.carry for spec in phase.methods if spec.carry is not None}):
+            check_carried(one, outline(recipe, recipe.phase(earlier)))
         for data in phase.evaluate:
             if data.where is not None:
-                held_out_rows(Store.open(data.store), data.split, phase.evaluate_rows, data.where, data.pass_name)
+                held_out_rows(Store.open(data.store), data.split, phase.evaluate_rows, data.where, data.compared_pass)
         for place, keys in one.passes.items():
             wanted[place] = wanted.get(place, frozenset()) | keys
         if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
@@ -145,20 +147,27 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
 def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
     """Train one phase in this process (with those of the other ranks under torchrun) and export its student."""
     phase, folder = one.phase, phase_folder(recipe, one.phase.name)
-    earlier = phase.student.phase
-    if earlier is not None and not finished(recipe, recipe.phase(earlier)):
-        raise ValueError(f"phase {phase.name!r} starts from phase {earlier!r}, which is not finished: train that first")
+    for earlier in dict.fromkeys([phase.student.phase, *(spec.carry for spec in phase.methods)]):
+        if earlier is not None and not finished(recipe, recipe.phase(earlier)):
+            raise ValueError(f"phase {phase.name!r} goes on from phase {earlier!r}, which is not finished: train that first")
     with locked(folder) if _first() else nullcontext():
         start = build(one.blueprint, recipe.seed)
         if _first():
             for notice in start.notices:
                 _log.warning("phase %r: %s", phase.name, notice)
+            shape = one.blueprint.shape
+            _log.info(
+                "phase %r: a student of %d blocks of width %d starts as %s", phase.name, shape.layers, shape.width, start.fingerprint[:16]
+            )
         bundle = Bundle(start.student, _methods(one, recipe.seed))
-        patience = {data.store: data.follow for data in (*phase.evaluate, *phase.data)}
+        carried = carry(bundle, recipe)
+        patience = {data.store: data.follow for data in (*([phase.meta] if phase.meta else []), *phase.evaluate, *phase.data)}
         stores = {place: Store.open(place, follow=seconds or 0.0) for place, seconds in patience.items()}
         for store in stores.values():
             check_length(start.student, store.rows.longest)
         sources = [_source(one, data, stores[data.store]) for data in phase.data]
+        meta = None if phase.meta is None else _source(one, phase.meta, stores[phase.meta.store])
+        bundle.survey(lambda: survey(sources))
         held_out = [_held_out(one, data, stores[data.store]) for data in phase.evaluate]
         if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
             bundle.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
@@ -171,18 +180,24 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             before = read_start(recipe, phase) or measure()
             write_start(recipe, phase, before)
         try:
-            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None)
+            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
         if _first():
             after = measure()
-            lineage = Lineage(phase, recipe.seed, _teacher_lines(one, stores), _data_lines(phase, stores), start.notices, made)
+            left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
+            notices = (*start.notices, *(f"{name} went on from phase {earlier}" for name, earlier in carried.items()), *left)
+            lineage = Lineage(phase, recipe.seed, _teacher_lines(one, stores), _data_lines(phase, stores), notices, made)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))
             write_result(
                 recipe,
                 phase,
                 {
+                    "start": start.fingerprint,
                     "student": start.student.fingerprint,
+                    "methods": keep(bundle, folder),
+                    "carried": dict(carried),
+                    "dropped": list(dropped(bundle)),
                     "before": dict(before),
                     "after": dict(after),
                     "steps": result.steps,
@@ -230,23 +245,28 @@ def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:
     """The phase's methods; the weights of their projections follow from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [(spec, parse_method(spec.name, dict(spec.options), one.blueprint.shape, one.teacher)) for spec, _ in one.methods]
+        return [(spec, one.parse(spec)) for spec, _ in one.methods]
 
 
 def _source(one: Outline, data: DataSpec, store: Store) -> Source:
-    teacher = StoredTeacher(store, data.pass_name, one.method_keys) if data in one.taught and data.pass_name is not None else None
-    return Source.of(data, store, teacher)
+    return Source.of(data, store, _teacher(store, data, one.method_keys) if data in one.taught else None)
+
+
+def _teacher(store: Store, data: DataSpec, keys: Mapping[str, Keys]) -> Teacher | Teachers:
+    """Whoever answers for ``keys`` (by teacher) on the rows of ``data``."""
+    teachers = {name: StoredTeacher(store, passes, keys.get(name, frozenset())) for name, passes in data.answers.items()}
+    return teachers[""] if "" in teachers else Teachers(teachers)
 
 
 def _held_out(one: Outline, data: DataSpec, store: Store) -> HeldOut:
-    rows = held_out_rows(store, data.split, one.phase.evaluate_rows, data.where, data.pass_name)
-    keys = one.passes.get((data.store, data.pass_name or ""), frozenset())
-    teacher = StoredTeacher(store, data.pass_name, keys) if data.pass_name is not None and keys else None
-    return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data])
+    rows = held_out_rows(store, data.split, one.phase.evaluate_rows, data.where, data.compared_pass)
+    keys = {name: wanted for name, passes in data.answers.items() if (wanted := one.passes.get((data.store, passes)))}
+    teacher = _teacher(store, data, keys) if keys else None
+    return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data], data.compared)
 
 
 def _teacher_lines(one: Outline, stores: dict[Path, Store]) -> list[str]:
-    passes = {(data.store, data.pass_name) for data in one.phase.data if data in one.taught}
+    passes = {(data.store, passes) for data in one.phase.data if data in one.taught for passes in data.answers.values()}
     lines = []
     for path, name in sorted(passes, key=str):
         info = stores[path].manifest.passes[names(name)[0]]
@@ -270,22 +290,6 @@ def _first() -> bool:
 
 def _in_child(recipe: Path, phase: str) -> None:
     """Train a phase in a fresh process that ends when this one is told to."""
-    child = subprocess.Popen([sys.executable, "-m", "student_train.cli", "phase", str(recipe), phase])
-    with _ending(child):
-        code = child.wait()
+    code = run_child([sys.executable, "-m", "student_train.cli", "phase", str(recipe), phase])
     if code:
-        raise PhaseError(phase, code if code > 0 else 128 - code)
-
-
-@contextmanager
-def _ending(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
-        child.terminate()
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if child.poll() is None:  # interrupted from the keyboard: the child got the signal too
-            child.wait()
+        raise PhaseError(phase, code)
