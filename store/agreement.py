@@ -27,6 +27,11 @@ def row_problems(rows: RowTable, full: bool, compare: bool) -> Iterator[tuple[Pa
         except CorruptShard as error:
             sound = False
             yield layout.slot_file(layout.rows_array(rows.store, "numbers"), slot), str(error)
+        try:
+            if rows.info.domains:
+                rows.domains_in(slot)
+        except CorruptShard as error:
+            yield layout.slot_file(layout.rows_array(rows.store, "domain"), slot), str(error)
     first = 0
     for number, part in enumerate(rows.info.parts):
         members = np.arange(first, first + part.rows)

@@ -4,7 +4,6 @@ A new store is begun here whatever it is made of; rows that are added to one tha
 """
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +19,14 @@ from store import commits, hierarchy, layout
 from store.errors import StoreError
 from store.features import ArraySpec
 from store.joins import joined
-from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, begun, read_manifest
+from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, read_manifest
 from store.parts import PART_ROWS
-from store.publish import file_crc32c, make_folder, replace, sync_file, sync_folder
+from store.publish import file_crc32c, make_folder, sync_file, sync_folder
 from store.remote import local
 from store.rows import COLUMNS, ROW_ARRAYS, TOKEN_ARRAYS, Row
 from store.shards import CHUNK, Shard, token_chunk, write_slot
 from store.strays import remove, row_strays
+from store.unfinished import claim, clear
 
 
 class RowWriter:
@@ -47,16 +47,16 @@ class RowWriter:
         self.slot_tokens = slot_tokens
         self._exit = contextlib.ExitStack()
         if after is None:
-            _claim(path, job)
+            claim(path, job)
         self._exit.enter_context(commits.exclusive(path))
         with self._closing_on_error():
             if after is None:
-                _claim(path, job)  # another process may have finished it before this one held it
-                _clear(path)
+                claim(path, job)  # another process may have finished it before this one held it
+                clear(path)
             else:
                 _check_unchanged(path, after)
                 remove(row_strays(path, after))  # a build that was cut short may have left some
-            for name in ROW_ARRAYS:
+            for name in ("numbers", "label"):
                 make_folder(layout.rows_array(path, name))
         self._before = after
         self._first_slot, self._first_part = (after.slots, len(after.parts)) if after else (0, 0)
@@ -65,8 +65,10 @@ class RowWriter:
         self._slot: list[Row] = []
         self._filled = 0
         self._slots: list[tuple[int, int, int]] = []
+        self._domains = 0
         self._splits: Counter[str] = Counter(dict.fromkeys(after.splits, 0) if after else ())
-        self._crcs: dict[str, list[int]] = {name: [] for name in (*ROW_ARRAYS, *self._arrays)}
+        self._of_rows: dict[str, ArraySpec] = after.row_arrays if after else {}
+        self._crcs: dict[str, list[int]] = {name: [] for name in (*self._of_rows, *self._arrays)}
         self._table: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         self._parts: list[Part] = []
         self._origins: list[Origin] = []
@@ -128,11 +130,19 @@ class RowWriter:
         building: str,
         options: Json,
         made: Provenance,
+        domains: Sequence[str] = (),
     ) -> RowsInfo:
         """Commit the rows: write what is left and, last, the manifest. The arguments are those of RowsInfo, Origin and Manifest."""
         self.end_origin(corpus, options)
         info = self.rows_info(
-            copies=copies, bucket=bucket, objective=objective, task=task, pad_id=pad_id, tokenizer=tokenizer, building=building
+            copies=copies,
+            bucket=bucket,
+            objective=objective,
+            task=task,
+            pad_id=pad_id,
+            tokenizer=tokenizer,
+            building=building,
+            domains=domains,
         )
         if self._before is None:
             self.publish(Manifest(schema_version=SCHEMA, rows=info, passes={}, made=made))
@@ -142,11 +152,24 @@ class RowWriter:
         self.publish(old.changed(made, whole, old.passes))
         return whole
 
-    def rows_info(self, *, copies: int, bucket: int, objective: str, task: Task, pad_id: int, tokenizer: str, building: str) -> RowsInfo:
+    def rows_info(
+        self,
+        *,
+        copies: int,
+        bucket: int,
+        objective: str,
+        task: Task,
+        pad_id: int,
+        tokenizer: str,
+        building: str,
+        domains: Sequence[str] = (),
+    ) -> RowsInfo:
         """Write what is left; all there is to say of the rows, whose origins have ended."""
         self._flush_part()
         if not self._parts:
             raise ValueError("expected at least one row, found none; is the corpus empty?")
+        if bool(domains) != ("domain" in self._of_rows) or self._domains > len(domains):
+            raise ValueError(f"domains: expected a name for each of the rows' {self._domains} domains, found {len(domains)}")
         rows, tokens, labelled = zip(*self._slots, strict=True)
         return RowsInfo(
             rows=sum(rows),
@@ -159,6 +182,7 @@ class RowWriter:
             bucket=bucket,
             objective=objective,
             task=task,
+            domains=tuple(domains),
             splits=dict(self._splits),
             parts=tuple(self._parts),
             token_arrays=tuple(self._arrays.values()),
@@ -196,7 +220,10 @@ class RowWriter:
 
     def _start(self, row: Row) -> None:
         self._arrays = {name: spec for name, spec in TOKEN_ARRAYS.items() if getattr(row, name) is not None}
-        self._crcs |= {name: [] for name in self._arrays}
+        self._of_rows = {name: spec for name, spec in ROW_ARRAYS.items() if name != "domain" or row.domain is not None}
+        self._crcs |= {name: [] for name in (*self._of_rows, *self._arrays)}
+        for name in self._of_rows:
+            make_folder(layout.rows_array(self.path, name))
         for name in self._arrays:
             make_folder(layout.tokens(self.path, name))
 
@@ -212,6 +239,10 @@ class RowWriter:
                 raise ValueError(f"{_where(row)}: {name}: expected {spec.dtype} [{length}], found {values.dtype} {list(values.shape)}")
         if not 0 <= row.labelled <= length:
             raise ValueError(f"{_where(row)}: labelled: expected 0 to {length}, found {row.labelled}")
+        if (row.domain is not None) != ("domain" in self._of_rows) or not 0 <= (row.domain or 0) < 1 << 31:
+            raise ValueError(f"{_where(row)}: domain: expected a number from 0 on in all rows, or in none, found {row.domain}")
+        if row.phrases is not None and not _ascend(row.phrases):
+            raise ValueError(f"{_where(row)}: phrases: expected numbers from 1 on, each for one stretch of tokens, in their order")
         for start, end in row.spans:
             if not 0 <= start < end <= length:
                 raise ValueError(f"{_where(row)}: span ({start}, {end}) does not lie in the row's {length} tokens")
@@ -228,10 +259,15 @@ class RowWriter:
         for row in self._slot:
             self._splits.setdefault(row.split, 0)
         codes = {name: code for code, name in enumerate(self._splits)}
-        labels = np.array([np.nan if row.label is None else row.label for row in self._slot])
-        for name, kept in (("numbers", _numbers(self._slot, codes)), ("label", labels)):
+        of_rows: dict[str, NDArray[Any]] = {
+            "numbers": _numbers(self._slot, codes),
+            "label": np.array([np.nan if row.label is None else row.label for row in self._slot]),
+            "domain": np.array([row.domain or 0 for row in self._slot], np.int32),
+        }
+        for name, spec in self._of_rows.items():
             path = layout.slot_file(layout.rows_array(self.path, name), slot)
-            self._crcs[name].append(write_slot(path, kept, Shard(ROW_ARRAYS[name], self.slot_tokens, rows)).crc32c)
+            self._crcs[name].append(write_slot(path, of_rows[name], Shard(spec, self.slot_tokens, rows)).crc32c)
+        self._domains = max([self._domains, *(row.domain + 1 for row in self._slot if row.domain is not None)])
         for row in self._slot:
             spans = [{"start": start, "end": end} for start, end in row.spans]
             about = (row.split, row.copy, len(row.input_ids), row.label, row.source, row.record, row.part, spans)
@@ -267,6 +303,12 @@ def _numbers(rows: Sequence[Row], splits: dict[str, int]) -> NDArray[np.int32]:
     return np.stack(numbers, axis=1).astype(np.int32)
 
 
+def _ascend(phrases: NDArray[np.uint16]) -> bool:
+    """Whether each number but 0 stands in one stretch and is the next one after that of the stretch before."""
+    starts = phrases[np.flatnonzero(np.diff(phrases, prepend=0))]
+    return np.array_equal(starts[starts > 0], np.arange(1, (starts > 0).sum() + 1))
+
+
 def _where(row: Row) -> str:
     return f"{row.source}, record {row.record}"
 
@@ -275,52 +317,3 @@ def _check_unchanged(path: Path, known: RowsInfo) -> None:
     """Refuse to add where another process has just done so: the caller has looked before it held the store."""
     if read_manifest(path).rows != known:
         raise StoreError(f"the rows of {path} have just been changed by another process; start again")
-
-
-def _claim(path: Path, job: str) -> None:
-    """Make ``path`` a folder that is being built by ``job``, or refuse it untouched."""
-    if layout.manifest(path).exists():
-        raise StoreError(f"{path} already holds a finished store; give another folder, or remove this one to build its rows anew")
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"expected a folder for the store, found a file: {path}")
-    marker = layout.building(path)
-    found = set(path.iterdir()) if path.exists() else set()
-    if found - {layout.temporary(marker)} and not marker.exists():  # in this order: a process that does the same puts it there first
-        kind = "a Python package" if (path / "__init__.py").exists() else "something else"
-        raise StoreError(
-            f"expected an empty or new folder for the store, but {path} holds {kind}; nothing was touched, give another folder"
-        )
-    if marker.exists() and (other := begun(path)) != job:
-        other = other or "teacher-dump run"
-        raise StoreError(f"{path} is being made by `{other}`, which was cut short; run that again, or remove the folder")
-    try:
-        make_folder(path)
-        if not marker.exists():
-            replace(marker, job.encode())
-    except StoreError:
-        if not marker.exists():  # or a process that does the same was quicker
-            raise
-    except OSError as error:
-        raise StoreError(f"cannot make the store {path}: {error.strerror}; give a folder that can be written") from error
-
-
-def _clear(path: Path) -> None:
-    """Remove what an unfinished build left, and nothing else."""
-    slots = r"zarr\.json|c\.\d+(\.0)?|\.(zarr\.json|c\.\d+(\.0)?)\.0\.tmp"
-    ours = {
-        **{layout.rows_array(path, name): slots for name in ROW_ARRAYS},
-        path / "rows": r"part-\d{5,}\.parquet|zarr\.json|\.zarr\.json\.0\.tmp",
-        **{layout.tokens(path, name): slots for name in TOKEN_ARRAYS},
-        path / "tokens": r"zarr\.json|\.zarr\.json\.0\.tmp",
-    }
-    for folder, names in ours.items():
-        if layout.inside(path, folder).is_dir():
-            for file in folder.iterdir():
-                if not re.fullmatch(names, file.name):
-                    raise StoreError(
-                        f"{path} holds an unfinished build and {file}, which is not part of it; move that away and start again"
-                    )
-                file.unlink()
-            folder.rmdir()
-    for file in (path / "zarr.json", layout.temporary(path / "zarr.json"), layout.temporary(layout.manifest(path))):
-        file.unlink(missing_ok=True)

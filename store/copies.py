@@ -185,6 +185,7 @@ def _begin(picked: Picked, new: Path, passes: dict[str, PassInfo], made: Provena
                 pad_id=own.pad_id,
                 tokenizer=own.tokenizer,
                 building=own.building,
+                domains=own.domains,
             )
         for name, info in passes.items():
             link_weights(source.path, new, name, info, did.links)

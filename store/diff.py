@@ -78,7 +78,7 @@ class Difference:
     compared: int = 0
     """Rows that both have, by number."""
     differing: list[int] = field(default_factory=list)
-    """Numbers of rows whose tokens, labels, split or group are not the same; their features are not compared."""
+    """Numbers of rows whose tokens, labels, split, domain or group are not the same; their features are not compared."""
     features: dict[str, Compared] = field(default_factory=dict)
     only: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     """Features that only the first store has, and only the second."""
@@ -159,6 +159,8 @@ def _same_rows(one: Store, other: Store, rows: Ints) -> NDArray[np.bool_]:
     same &= np.array(one.rows.splits)[mine.split] == np.array(other.rows.splits)[theirs.split]
     labels = one.rows.label_at(rows), other.rows.label_at(rows)
     same &= (labels[0] == labels[1]) | (np.isnan(labels[0]) & np.isnan(labels[1]))
+    domains = [_domains(store, rows) for store in (one, other)]
+    same &= domains[0] == domains[1]
     begins = [np.diff(numbers.group, prepend=-1) != 0 for numbers in (mine, theirs)]
     same &= begins[0] == begins[1]
     if len(rows) and rows[0] > 0:  # a slot begins a group in the store whose slot it is, and must do so in the other one
@@ -177,6 +179,12 @@ def _same_rows(one: Store, other: Store, rows: Ints) -> NDArray[np.bool_]:
             if not len(alike):
                 break
     return same
+
+
+def _domains(store: Store, rows: Ints) -> NDArray[np.str_]:
+    """[n] names of the domains of ``rows``; empty where the store has none."""
+    names = store.manifest.rows.domains
+    return np.array(names)[store.rows.domain_at(rows)] if names else np.full(len(rows), "")
 
 
 def _compare(stores: tuple[Store, Store], names: tuple[str, str], compared: Compared, rows: Ints) -> None:

@@ -1,4 +1,4 @@
-"""Conditions on rows: their length, label and source, and how sure a stored teacher was of them.
+"""Conditions on rows: their length, label, domain and source, and how sure a stored teacher was of them.
 
 Shapes: r rows of a slot, n rows that are looked at, u units of them (tokens, labelled tokens or rows), K kept words.
 """
@@ -86,6 +86,8 @@ class Where(Strict):
     """Tokens of the row."""
     label: Labels | None = None
     """Label of the row; rows without one are left out."""
+    domain: tuple[str, ...] = ()
+    """Names of domains that the row may be of."""
     source: tuple[str, ...] = ()
     """Files that the text came from: patterns such as news-*.jsonl, for the whole path or its last part."""
     entropy: Sureness | None = None
@@ -113,7 +115,7 @@ def conditions(where: Where, store: Store, pass_name: PassName | None) -> dict[s
         pass_name: The teacher's pass, or passes, whose answers count.
 
     Raises:
-        ValueError: an unknown class name, or answers that are no distribution.
+        ValueError: an unknown name of a class or domain, or answers that are no distribution.
         MissingFeature: the pass stores no such answers.
     """
     table, found = store.rows, {}
@@ -121,6 +123,8 @@ def conditions(where: Where, store: Store, pass_name: PassName | None) -> dict[s
         found["length"] = lambda rows: length.holds(table.at(rows).length)
     if (label := where.label) is not None:
         found["label"] = _label(label, table)
+    if where.domain:
+        found["domain"] = _domain(where.domain, table)
     if where.source:
         found["source"] = Sources(table, where.source)
     for name in ("entropy", "confidence"):
@@ -166,6 +170,17 @@ def _label(wanted: Labels, table: RowTable) -> Condition:
         return lambda rows: wanted.holds(table.label_at(rows))
     numbers = np.array([_class_number(value, table.info.task, table) for value in wanted.values], np.float64)
     return lambda rows: np.isin(table.label_at(rows), numbers)
+
+
+def _domain(wanted: tuple[str, ...], table: RowTable) -> Condition:
+    known = table.info.domains
+    if not known:
+        raise ValueError(f"where: domain: the rows of {table.store} have no domains; build them with rows.domain")
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"where: domain: {table.store} has no domain {name!r}{did_you_mean(name, known)}")
+    numbers = np.array([known.index(name) for name in wanted])
+    return lambda rows: np.isin(table.domain_at(rows), numbers)
 
 
 def _class_number(value: float | str, task: Task, table: RowTable) -> float:

@@ -12,7 +12,7 @@ from store.features import ArraySpec, Dtype
 from store.manifest import Manifest, RowsInfo, manifest_bytes
 from store.plain import read_plain
 from store.publish import make_folder, replace
-from store.rows import NUMBERS, ROW_ARRAYS
+from store.rows import NUMBERS
 from store.shards import fill_value, numpy_dtype
 
 Json = dict[str, Any]
@@ -25,10 +25,9 @@ def nodes(manifest: Manifest) -> dict[str, Json]:
     """
     rows = manifest.rows
     arrays: dict[str, Json] = {}
-    for name, spec in ROW_ARRAYS.items():
-        if name in rows.slot_crcs:  # schema 1 has no such arrays
-            columns = {"columns": NUMBERS} if name == "numbers" else {}
-            arrays[f"rows/{name}"] = _array(rows, spec, "row", columns)
+    for name, spec in rows.row_arrays.items():
+        columns = {"columns": NUMBERS} if name == "numbers" else {}
+        arrays[f"rows/{name}"] = _array(rows, spec, "row", columns)
     for spec in rows.token_arrays:
         arrays[f"tokens/{layout.safe(spec.name)}"] = _array(rows, spec, "all", {}, dimensions=1)
     for pass_name, info in manifest.passes.items():

@@ -14,7 +14,6 @@ from store.features import ITEM_BYTES
 from store.manifest import Manifest, PassInfo, RowsInfo, Static
 from store.plain import open_plain, pieces, read_plain, why
 from store.publish import crc32c
-from store.rows import ROW_ARRAYS
 from store.shards import CRC_BYTES, Seal, Shard
 from store.slot_file import SlotFile
 from store.table import RowTable
@@ -74,7 +73,7 @@ def row_items(store: Path, manifest: Manifest) -> Iterator[Item]:
     """Rows and tokens."""
     rows = RowTable(store, manifest.rows)
     yield from (part_item(store, manifest.rows, number) for number in range(len(manifest.rows.parts)))
-    for name, array in ROW_ARRAYS.items():
+    for name, array in manifest.rows.row_arrays.items():
         for slot, crc in enumerate(manifest.rows.slot_crcs[name]):
             shard = rows.shard(array, "row", slot)
             yield slot_item(layout.slot_file(layout.rows_array(store, name), slot), shard, Seal(shard.size, crc))

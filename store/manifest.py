@@ -25,7 +25,7 @@ from store.shape import ModelShape, Wiring
 from store.shards import CHUNK, MOST_SLOT_TOKENS
 from store.strict import Many, Strict, brief, load_json, parse
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]
@@ -109,11 +109,13 @@ class RowsInfo(Strict):
     """Rows are padded to a multiple of this many tokens."""
     objective: Literal["plain", "mlm", "causal"]
     task: Task
+    domains: Many[str] = ()
+    """Names of all domains that rows may be of; none where rows have no domain."""
     splits: dict[str, Annotated[int, Field(ge=0)]]
     """Rows of each split."""
     parts: Many[Part]
     token_arrays: Many[ArraySpec]
-    """input_ids always; segments, documents, token_labels where rows have them."""
+    """input_ids always; segments, documents, token_labels, phrases where rows have them."""
     slot_crcs: dict[str, Many[Crc32c]]
     """Token array, or array of the row table (store.rows.ROW_ARRAYS) -> crc32c of each slot's file (store.shards.Seal)."""
     pad_id: int = Field(ge=0, lt=2**31)
@@ -122,6 +124,11 @@ class RowsInfo(Strict):
     building: str
     """Fingerprint of the options that rows of all origins share."""
     origins: Many[Origin] = Field(min_length=1)
+
+    @property
+    def row_arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of the row table that there are; none in schema 1."""
+        return {name: array for name, array in ROW_ARRAYS.items() if name in self.slot_crcs}
 
     def chunk(self, array: ArraySpec, positions: str) -> int:
         """Units of an inner chunk of an array with values for ``positions``."""
@@ -266,8 +273,11 @@ def _check(manifest: Manifest) -> None:
         if array != TOKEN_ARRAYS.get(array.name) or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
             raise ValueError(f"manifest: token array {array.name} needs its type, width 1 and a checksum for each of {rows.slots} slots")
     others = rows.slot_crcs.keys() - {array.name for array in rows.token_arrays}
-    if others not in (set(), set(ROW_ARRAYS)) or any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
+    needed = {"numbers", "label", "domain"} if rows.domains else {"numbers", "label"}
+    schema_1 = not (others or rows.domains)
+    if not (schema_1 or others == needed) or any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
         raise ValueError(f"manifest: expected a checksum for each of {rows.slots} slots")
+    _check_distinct("rows", rows.domains)
     for name, info in manifest.passes.items():
         layout.pass_name(name)
         _check_pass(name, info, rows)

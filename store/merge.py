@@ -98,7 +98,7 @@ def link_rows(store: Store, new: Path, rows: RowsInfo, base: int, parts: int, li
     That array is written anew where its numbers for splits are others than in ``rows``; all else is linked.
     """
     path, own = store.path, store.manifest.rows
-    folders = [(layout.rows_array(path, name), layout.rows_array(new, name), 2) for name in ROW_ARRAYS]
+    folders = [(layout.rows_array(path, name), layout.rows_array(new, name), 2) for name in own.row_arrays]
     folders += [(layout.tokens(path, array.name), layout.tokens(new, array.name), 1) for array in own.token_arrays]
     for source, _, _ in folders:
         layout.inside(path, source)

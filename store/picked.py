@@ -82,6 +82,7 @@ class Picked:
             return
         numbers, labels = source.rows.at(rows), source.rows.label_at(rows)
         ends = np.cumsum(numbers.length).tolist()
+        domains = source.rows.domain_at(rows) if source.manifest.rows.domains else None
         packed = {array.name: source.tokens(array.name, rows) for array in source.manifest.rows.token_arrays}
         group: list[Row] = []
         for place, about in enumerate(self._about(rows)):
@@ -100,6 +101,7 @@ class Picked:
                 record=about["record"],
                 part=about["part"],
                 spans=[(span["start"], span["end"]) for span in about["spans"]],
+                domain=None if domains is None else int(domains[place]),
             )
             if group and group[0].group != row.group:
                 yield group

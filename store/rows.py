@@ -15,14 +15,17 @@ the slot; its group, counted in the slot; masking copy; place of its split in Ro
 ROW_ARRAYS: dict[str, ArraySpec] = {
     "numbers": ArraySpec(name="numbers", dtype="int32", width=len(NUMBERS)),
     "label": ArraySpec(name="label", dtype="float64", width=1),
+    "domain": ArraySpec(name="domain", dtype="int32", width=1),
 }
-"""What readers need of each row, kept in slots like the features of positions ``row``."""
+"""What readers need of each row, kept in slots like the features of positions ``row``; domain (its place in RowsInfo.domains) only where
+rows have one."""
 
 TOKEN_ARRAYS: dict[str, ArraySpec] = {
     "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
     "segments": ArraySpec(name="segments", dtype="uint8", width=1),
     "documents": ArraySpec(name="documents", dtype="uint16", width=1),
     "token_labels": ArraySpec(name="token_labels", dtype="int32", width=1),
+    "phrases": ArraySpec(name="phrases", dtype="uint16", width=1),
 }
 """What is kept for each token of a row; all but input_ids only where rows have it."""
 
@@ -74,3 +77,8 @@ class Row:
     """Number of the row among those made from the record."""
     spans: list[tuple[int, int]]
     """Marked token ranges, half open."""
+    domain: int | None = None
+    """Number of the row's domain; in all rows of a store or in none."""
+    phrases: NDArray[np.uint16] | None = None
+    """[n] number of the phrase that a token belongs to, from 1 on in the order of the tokens; 0 for those of none, such as special
+    tokens."""

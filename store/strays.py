@@ -15,7 +15,6 @@ from store import commits, layout
 from store.commits import Commit
 from store.features import FeatureKey
 from store.manifest import Manifest, PassInfo, RowsInfo, read_manifest
-from store.rows import ROW_ARRAYS
 
 _SLOT = re.compile(r"c\.(\d+)(?:\.0)?")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
@@ -52,7 +51,7 @@ def strays(path: Path) -> list[Path]:
 
 def row_strays(path: Path, rows: RowsInfo) -> list[Path]:
     """Slots, parts and temporary files of the row table and the tokens beyond those of ``rows``; the caller holds the store."""
-    folders = [layout.rows_array(path, name) for name in ROW_ARRAYS]
+    folders = [layout.rows_array(path, name) for name in rows.row_arrays]
     folders += [layout.tokens(path, array.name) for array in rows.token_arrays]
     found = [file for folder in folders for file in _slots(layout.inside(path, folder), lambda slot: slot < rows.slots)]
     for file in _entries(path / "rows"):

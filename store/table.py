@@ -113,6 +113,21 @@ class RowTable:
         labels: NDArray[np.float64] = self._look_up("label", slot, rows - self.first[slot])[:, 0]
         return labels
 
+    def domain_at(self, rows: Ints) -> Ints:
+        """[n] place of the domain of ``rows`` in RowsInfo.domains; only where the store has any.
+
+        Raises:
+            CorruptShard: the files that say so are damaged.
+        """
+        if len(self) <= SMALL:
+            return self._domain[rows]
+        slot = self.first.searchsorted(rows, "right") - 1
+        return self._domains(self._look_up("domain", slot, rows - self.first[slot]))
+
+    def domains_in(self, slot: int) -> Ints:
+        """[r] the same for the rows of a slot."""
+        return self._domains(self._read("domain", slot))
+
     def in_slot(self, slot: int) -> NDArray[np.int32]:
         """[r, NUMBERS] the rows of a slot, checked to be what row building makes."""
         if self._from_parquet is not None:
@@ -242,6 +257,19 @@ class RowTable:
         """[R, NUMBERS]"""
         self.bring("numbers")
         return np.concatenate([self.in_slot(slot) for slot in range(self.info.slots)])
+
+    @cached_property
+    def _domain(self) -> Ints:
+        """[R]"""
+        self.bring("domain")
+        return np.concatenate([self.domains_in(slot) for slot in range(self.info.slots)])
+
+    def _domains(self, stored: NDArray[np.int32]) -> Ints:
+        """[n] what [n, 1] stored numbers say, checked."""
+        numbers: Ints = stored[:, 0].astype(np.int64)
+        if ((numbers < 0) | (numbers >= len(self.info.domains))).any():
+            raise self._damaged(f"holds rows of domains other than its {len(self.info.domains)}")
+        return numbers
 
     def _labels_in(self, slot: int) -> NDArray[np.float64]:
         if self._from_parquet is not None:

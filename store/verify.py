@@ -16,7 +16,6 @@ from store.commits import Commit
 from store.errors import CorruptShard, StoreError
 from store.manifest import SCHEMA, Manifest, Static, read_manifest
 from store.publish import make_folder, replace
-from store.rows import ROW_ARRAYS
 from store.shards import Seal, Shard
 from store.slot_file import SlotFile
 from store.statics import static_problem
@@ -162,7 +161,7 @@ def _row_looks(path: Path, manifest: Manifest, rows: RowTable, full: bool) -> It
     """Tokens, and the arrays of the row table."""
     info = manifest.rows
     arrays = [(array, "all", layout.tokens(path, array.name), 1) for array in info.token_arrays]
-    arrays += [(array, "row", layout.rows_array(path, name), 2) for name, array in ROW_ARRAYS.items() if name in info.slot_crcs]
+    arrays += [(array, "row", layout.rows_array(path, name), 2) for name, array in info.row_arrays.items()]
     for array, positions, folder, dimensions in arrays:
         for slot, crc in enumerate(info.slot_crcs[array.name]):
             shard = rows.shard(array, positions, slot)

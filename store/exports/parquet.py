@@ -47,7 +47,7 @@ def _write(store: Store, selection: Selection, rows: Ints, path: Path) -> None:
             start += len(some)
             if writer is None:
                 writer = pq.ParquetWriter(
-                    path, table.schema, compression="zstd", use_dictionary=["split", "source"], write_page_checksum=True
+                    path, table.schema, compression="zstd", use_dictionary=["split", "domain", "source"], write_page_checksum=True
                 )
             writer.write_table(table)
     finally:
@@ -62,6 +62,9 @@ def _table(store: Store, selection: Selection, rows: Ints, about: pa.Table) -> p
     for name in about.column_names:
         fields.append(pa.field(name, about.schema.field(name).type))
         arrays.append(about[name].combine_chunks())
+    if names := store.manifest.rows.domains:
+        arrays.append(pa.array([names[number] for number in store.rows.domain_at(rows)], pa.string()))
+        fields.append(pa.field("domain", pa.string()))
     for token_array in store.manifest.rows.token_arrays:
         values = store.tokens(token_array.name, rows)
         arrays.append(_lists(values[:, None], numbers.length))

@@ -63,7 +63,13 @@ class Selection:
         rows = store.manifest.rows
         passes = {key.pass_name: store.manifest.passes[key.pass_name] for key in self.keys}
         return {
-            "rows": {"objective": rows.objective, "task": rows.task.model_dump(), "pad_id": rows.pad_id, "tokenizer": rows.tokenizer},
+            "rows": {
+                "objective": rows.objective,
+                "task": rows.task.model_dump(),
+                "domains": list(rows.domains),
+                "pad_id": rows.pad_id,
+                "tokenizer": rows.tokenizer,
+            },
             "passes": {name: info.model_dump(mode="json", include={"teacher", "model", "dtype", "shape"}) for name, info in passes.items()},
         }
 

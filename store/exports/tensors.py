@@ -49,6 +49,8 @@ def _of_rows(store: Store, rows: Ints) -> dict[str, Tensor]:
     ends = {"token_offsets": numbers.length, "label_offsets": numbers.labelled}
     found = {name: np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) for name, counts in ends.items()}
     found |= {"row": rows.astype(np.int64), "group": numbers.group, "copy": numbers.copy, "split": numbers.split}
+    if store.manifest.rows.domains:
+        found["domain"] = store.rows.domain_at(rows)
     return {"label": Tensor.of("F64", store.rows.label_at(rows))} | {name: Tensor.of("I64", values) for name, values in found.items()}
 
 

@@ -115,7 +115,7 @@ def test_answers_that_are_no_distribution_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({}, "expected at least one of length, label, source, entropy, confidence"),
+        ({}, "expected at least one of length, label, domain, source, entropy, confidence"),
         ({"lenght": {"min": 3}}, "unknown key 'lenght'; did you mean 'length'"),
         ({"length": {"mn": 3}}, "unknown key 'length.mn'; did you mean 'min'"),
         ({"length": {}}, "length: expected min, max or both"),
