@@ -18,7 +18,6 @@ from online.planner import TYPICAL, Units, plan
 from online.statics import live_statics
 from store.features import FeatureKey
 from store.reader import Allocate
-from store.shape import ModelShape
 
 Fetched = dict[FeatureKey, dict[str, NDArray[Any]]]
 """Packed arrays of a batch as they lie in a store."""
@@ -26,11 +25,6 @@ Fetched = dict[FeatureKey, dict[str, NDArray[Any]]]
 
 class Teacher(Protocol):
     """Answers for the rows of one store."""
-
-    @property
-    def shape(self) -> ModelShape:
-        """Sizes of the model that answered."""
-        ...
 
     def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
         """What a loader process reads ahead for ``rows``, which :meth:`features` then gets; nothing for a live model.
@@ -91,6 +85,25 @@ class LiveTeacher:
         if not self._statics:
             self._statics = float_statics(live_statics(loaded, self._plan.statics))
         return derive(self._wanted, have, self._statics, batch, loaded.shape, loaded.wiring)
+
+
+class Teachers:
+    """Several teachers of the same rows; each answers under its name, which is the pass name of its keys."""
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        self._teachers = dict(teachers)
+
+    def fetch(self, rows: NDArray[np.int64], allocate: Allocate | None = None) -> Fetched:
+        """What each reads ahead, in memory of its own: ``allocate`` gives memory once."""
+        return {key.of(name): arrays for name, teacher in self._teachers.items() for key, arrays in teacher.fetch(rows).items()}
+
+    def features(self, batch: Batch, fetched: Fetched) -> Features:
+        """As :class:`Teacher` says, under keys with the teachers' names."""
+        found: Features = {}
+        for name, teacher in self._teachers.items():
+            read = {key.of(""): arrays for key, arrays in fetched.items() if key.pass_name == name}
+            found |= {key.of(name): value for key, value in teacher.features(batch, read).items()}
+        return found
 
 
 def float_statics(statics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The wrapped model of a training run: student and methods together, and one forward pass that is the whole step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from student_train.methods.base import Method, Terms
 from student_train.moment import START, Moment
 from student_train.recipe import MethodSpec
 from student_train.schedule import at
-from student_train.step import Step, run
+from student_train.step import Step, Survey, run
 
 Meta = tuple[Batch, Features]
 
@@ -57,6 +57,14 @@ class Bundle(nn.Module):
     def weight(self, name: str) -> float:
         """The weight of method ``name`` in this step."""
         return at(self.specs[name].weight, self.moment)
+
+    def gates(self) -> dict[int, float]:
+        """Factors on the learning rate of the student's blocks, and under 0 of all else, in this step; those of all methods multiplied."""
+        factors: dict[int, float] = {}
+        for _, method in self._named():
+            for block, factor in (method.gates() or {}).items():
+                factors[block] = factors.get(block, 1.0) * factor
+        return factors
 
     def taking_part(self, taught: bool) -> dict[str, Method]:
         """The methods of a step by name: all where the rows have a teacher (``taught``), else those that read none of its features."""
@@ -137,6 +145,28 @@ class Bundle(nn.Module):
             found = [slope.float().norm() for slope in slopes if slope is not None]
             norms[name] = torch.stack(found).norm() if found else torch.zeros(())
         return norms
+
+    def learned(self, sums: Mapping[str, float]) -> None:
+        """Tell the methods that watch the means of their terms, of those of an optimiser step as they entered its loss."""
+        for name, method in self._named():
+            if method.watches and (weight := self.weight(name)):
+                own = {term.removeprefix(f"{name}/"): value / weight for term, value in sums.items() if term.startswith(f"{name}/")}
+                if own:
+                    method.learned(own)
+
+    def watched(self, term: str) -> bool:
+        """Whether a method wants to know the mean of ``term``."""
+        method = self.methods[term.partition("/")[0]]
+        assert isinstance(method, Method)
+        return method.watches
+
+    def survey(self, rows: Callable[[], Survey]) -> None:
+        """Tell the methods that ask which rows they will learn from."""
+        asking = [method for _, method in self._named() if type(method).survey is not Method.survey]
+        if asking:
+            known = rows()
+            for method in asking:
+                method.survey(known)
 
     def _named(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]

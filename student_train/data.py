@@ -11,19 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from online.collate import collate
-from online.teacher import Fetched, LiveTeacher, Teacher
+from online.teacher import Fetched, LiveTeacher, Teacher, Teachers
 from store import order
 from store.errors import StoreError
 from store.filters import Where
 from store.order import Order, Shuffle
 from store.pool import pools
 from store.reader import Allocate, Store
+from store.table import Ints
 from store.together import PassName
 from student_train.micro_batch import MicroBatch
 from student_train.recipe import DataSpec
+from student_train.step import Survey
+
+_META = 1 << 40
+"""Part of the seed of the order of ``meta`` rows."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ class Source:
     """Rows of one split of a store, and who answers for them. The other fields are those of a recipe's data."""
 
     store: Store
-    teacher: Teacher | None
+    teacher: Teacher | Teachers | None
     """None: rows without features, from which only methods without a teacher learn."""
     split: str | None = "train"
     weight: float = 1.0
@@ -45,9 +51,9 @@ class Source:
     by_length: int | None = None
 
     @classmethod
-    def of(cls, data: DataSpec, store: Store, teacher: Teacher | None) -> Self:
+    def of(cls, data: DataSpec, store: Store, teacher: Teacher | Teachers | None) -> Self:
         """The rows that ``data`` names."""
-        return cls(store, teacher, data.split, data.weight, data.pass_name, data.where, data.shuffle, data.window, data.by_length)
+        return cls(store, teacher, data.split, data.weight, data.compared_pass, data.where, data.shuffle, data.window, data.by_length)
 
     def ordered(self) -> order.Source:
         """Its rows as an order draws from them; looks at all of them.
@@ -59,6 +65,21 @@ class Source:
         if self.where is not None:
             _log.info("%s: where leaves %s rows of split %s", self.store.where, f"{sum(pool.rows for pool in copies):,}", self.split)
         return order.Source(copies, self.weight, self.shuffle, self.window or order.WINDOW, self.by_length)
+
+
+def survey(sources: Sequence[Source]) -> Survey:
+    """The rows of the one source of a phase.
+
+    Raises:
+        ValueError: there are several, whose rows have the same numbers.
+    """
+    if len(sources) > 1:
+        raise ValueError("its methods keep something for each row by its number: expected data from one store, found several")
+    (source,) = sources
+    numbers = np.sort(
+        np.concatenate([pool.take(np.arange(len(pool))) for pool in pools(source.store, source.split, source.where, source.pass_name)])
+    )
+    return Survey(len(source.store.rows), numbers, source.store.rows.label_at(numbers))
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,9 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
     ``batch_rows`` are shared out evenly over ranks and accumulation steps; where rows stand in groups (the choices of a
     question) a step takes as many whole groups as they hold on average.
 
+    Args:
+        meta: Held-out rows, of which as many go with each micro-batch, from an order of their own.
+
     Raises:
         ValueError: ``batch_rows`` cannot be shared out evenly.
     """
@@ -82,6 +106,7 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         self,
         sources: Sequence[Source],
         *,
+        meta: Source | None = None,
         batch_rows: int,
         accumulation: int,
         steps: int | None,
@@ -99,11 +124,13 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
             )
             raise ValueError(f"batch_rows: expected a multiple of {group * parts} ({shares}), found {batch_rows}")
         self.sources = tuple(sources)
+        self.meta = meta
         self.order = Order(ordered, batch_rows // group, seed)
+        self.meta_order = None if meta is None else Order((meta.ordered(),), batch_rows // group, seed ^ _META)
         self.epoch_steps = self.order.steps_per_epoch
         assert (steps is None) != (epochs is None)
         self.steps = steps if steps is not None else max(1, math.ceil((epochs or 0) * self.epoch_steps))
-        self.taught = tuple(source.teacher is not None for source in sources)
+        self.taught = tuple(source.teacher is not None for source in self.sources)
         self._share = rank, world, accumulation
 
     def __len__(self) -> int:
@@ -114,15 +141,11 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         step, slot = divmod(item, accumulation)
         try:
             number, rows = self.order.part(step, rank, world, slot, accumulation)
-            source = self.sources[number]
-            batch = collate(source.store, rows)
-            if get_worker_info() is None:
-                return MicroBatch(number, self.taught[number], batch, {} if source.teacher is None else source.teacher.fetch(rows))
-
-            def fetch(allocate: Allocate) -> Fetched:
-                return {} if source.teacher is None else source.teacher.fetch(rows, allocate)
-
-            return MicroBatch.lent(number, self.taught[number], batch, fetch)
+            micro_batch = _read(number, self.taught[number], self.sources[number], rows)
+            if self.meta is None or self.meta_order is None:
+                return micro_batch
+            _, rows = self.meta_order.part(step, rank, world, slot, accumulation)
+            return replace(micro_batch, meta=_read(number, self.taught[number], self.meta, rows))
         except (StoreError, ValueError) as error:
             return Failed(error)
 
@@ -130,3 +153,15 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
         """What a spawned loader process needs: live models stay here."""
         sources = (replace(source, teacher=None) if isinstance(source.teacher, LiveTeacher) else source for source in self.sources)
         return {**self.__dict__, "sources": tuple(sources)}
+
+
+def _read(number: int, taught: bool, source: Source, rows: Ints) -> MicroBatch:
+    """``rows`` of ``source`` with what its teacher reads ahead; in a loader process, in memory that is lent to the training process."""
+    batch, teacher = collate(source.store, rows), source.teacher
+    if get_worker_info() is None:
+        return MicroBatch(number, taught, batch, {} if teacher is None else teacher.fetch(rows))
+
+    def fetch(allocate: Allocate) -> Fetched:
+        return {} if teacher is None else teacher.fetch(rows, allocate)
+
+    return MicroBatch.lent(number, taught, batch, fetch)

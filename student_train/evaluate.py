@@ -15,7 +15,7 @@ from online.batch import Features
 from online.capture import Capture
 from online.collate import collate
 from online.models import forward
-from online.teacher import Teacher
+from online.teacher import Teacher, Teachers
 from store.filters import Where
 from store.pool import pools
 from store.reader import Store
@@ -33,12 +33,14 @@ class HeldOut:
     store: Store
     rows: NDArray[np.int64]
     """[rows] their numbers; groups are whole and stand together."""
-    teacher: Teacher | None
+    teacher: Teacher | Teachers | None
     """Answers what the metrics compare with, and what the methods read where ``taught``."""
     taught: bool
     """Whether the methods that learn from a teacher are measured."""
     prefix: str
     """In front of the names of its scores."""
+    compared: str = ""
+    """Name of the teacher that metrics compare with."""
 
 
 def held_out_rows(
@@ -93,8 +95,9 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, 
         with Capture(bundle.loaded, keys) as capture:
             forward(bundle.loaded, batch)
         student = capture.features(batch)
+        compared = {key.of(""): value for key, value in teacher.items() if key.pass_name == data.compared}
         for column, parts in gathered.items():
-            parts.append(COLUMNS[column].gather(student, teacher, batch, shape).double().cpu())
+            parts.append(COLUMNS[column].gather(student, compared, batch, shape).double().cpu())
         for name, count in bundle.counts(batch, data.taught).items():
             counts[name] = counts.get(name, 0.0) + count
         for name, method in methods.items():

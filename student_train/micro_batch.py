@@ -74,6 +74,8 @@ class MicroBatch:
     fetched: Fetched
     parcel: Parcel | None = None
     """What ``batch`` and ``fetched`` are views of, where a loader process made them."""
+    meta: "MicroBatch | None" = None
+    """Held-out rows that go with it, where the phase has such data."""
 
     @classmethod
     def of(cls, source: int, taught: bool, parcel: Parcel) -> Self:
@@ -102,20 +104,21 @@ class MicroBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.parcel is None or self.parcel.piece is None:
-            return MicroBatch, (self.source, self.taught, self.batch, self.fetched)
-        return _received, (self.source, self.taught, self.parcel.piece, self.parcel.places)
+            return MicroBatch, (self.source, self.taught, self.batch, self.fetched, None, self.meta)
+        return _received, (self.source, self.taught, self.parcel.piece, self.parcel.places, self.meta)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on ``device``; the arrays stay, the teacher moves what it needs."""
-        return replace(self, batch=self.batch.to(device))
+        return replace(self, batch=self.batch.to(device), meta=None if self.meta is None else self.meta.to(device))
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory; a data loader calls it."""
+        meta = None if self.meta is None else self.meta.pin_memory()
         if self.parcel is not None:
-            return MicroBatch.of(self.source, self.taught, self.parcel.pinned())
+            return replace(MicroBatch.of(self.source, self.taught, self.parcel.pinned()), meta=meta)
         tensors: dict[str, Any] = {name: None if value is None else value.pin_memory() for name, value in vars(self.batch).items()}
         fetched = {key: {name: _pinned(array) for name, array in arrays.items()} for key, arrays in self.fetched.items()}
-        return replace(self, batch=Batch(**tensors), fetched=fetched)
+        return replace(self, batch=Batch(**tensors), fetched=fetched, meta=meta)
 
 
 def packed(own: Sequence[NDArray[Any]], read: Callable[[Allocate], Arrays]) -> tuple[Tensor, list[Place]]:
@@ -148,8 +151,8 @@ def packed(own: Sequence[NDArray[Any]], read: Callable[[Allocate], Arrays]) -> t
     return piece, places
 
 
-def _received(source: int, taught: bool, piece: Tensor, places: dict[Name, Place]) -> MicroBatch:
-    return MicroBatch.of(source, taught, Parcel(borrowed(piece), places))
+def _received(source: int, taught: bool, piece: Tensor, places: dict[Name, Place], meta: MicroBatch | None) -> MicroBatch:
+    return replace(MicroBatch.of(source, taught, Parcel(borrowed(piece), places)), meta=meta)
 
 
 def _room(array: NDArray[Any]) -> int:

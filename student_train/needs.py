@@ -32,7 +32,7 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
                 features.setdefault((store, names(pass_name)[0]), set()).update(keys)
             shipped = _shipped(one)
             if shipped is not None:
-                blocks.setdefault(shipped, set()).update(_blocks(one))
+                blocks.setdefault(shipped, set()).update(one.blueprint.taken)
     if not features:
         return "# these recipes read no teacher's features\n"
     documents = []
@@ -48,10 +48,6 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
 def _shipped(one: Outline) -> tuple[Path, str] | None:
     """The pass whose blocks the student starts from, where no folder is given."""
     student = one.phase.student
-    if student.layers is None or student.source is not None:
+    if (student.layers is None and student.width is None) or student.source is not None:
         return None
-    return next(((data.store, names(data.pass_name)[0]) for data in one.phase.data if data.pass_name is not None), None)
-
-
-def _blocks(one: Outline) -> tuple[int, ...]:
-    return one.blueprint.blocks or ()
+    return next(((data.store, names(data.compared_pass)[0]) for data in one.phase.data if data.answers), None)

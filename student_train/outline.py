@@ -18,9 +18,10 @@ from store.shape import Head, ModelShape
 from store.strict import did_you_mean
 from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
-from student_train.init import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
-from student_train.methods import parse_method
-from student_train.methods.base import Method
+from student_train.blueprint import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.importance import Look
+from student_train.methods import method_class, parse_method
+from student_train.methods.base import SAME_AS_INIT, Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
 from student_train.output import student_folder
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
@@ -46,14 +47,20 @@ class Outline:
 
     phase: PhaseSpec
     blueprint: Blueprint
-    teacher: ModelShape | None
+    teachers: dict[str, ModelShape]
+    """By the name that the data gives each; the only one has none."""
     methods: list[tuple[MethodSpec, Method]]
-    method_keys: Keys
-    """What the methods read of a teacher."""
+    """Each with the name of its teacher, and the layers of its options, filled in."""
+    method_keys: dict[str, Keys]
+    """Teacher -> what the methods read of it."""
     taught: frozenset[DataSpec]
     """Data, evaluated or trained on, whose pass answers the methods."""
     passes: Passes
     """What is read of each pass, for training and for measuring."""
+
+    def parse(self, spec: MethodSpec) -> Method:
+        """One of its methods anew; their first parameters are random."""
+        return _parse(spec, self.blueprint.shape, self.teachers)
 
 
 def outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None = None) -> Outline:
@@ -75,33 +82,43 @@ def outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None = None) 
 
 
 def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Outline:
-    manifests = {data.store: _manifest(data.store, teacher) for data in (*phase.data, *phase.evaluate)}
-    shapes = {data: _teacher_shape(data, manifests[data.store], teacher) for data in (*phase.data, *phase.evaluate)}
+    read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
+    manifests = {data.store: _manifest(data.store, teacher) for data in read}
+    shapes = {data: _teacher_shapes(data, manifests[data.store], teacher) for data in read}
     blueprint = _blueprint(recipe, phase, teacher)
     student = blueprint.shape
-    taught = [shape for data in phase.data if (shape := shapes[data]) is not None] if phase.teacher == "store" else []
-    if any(shape != taught[0] for shape in taught):
-        raise ValueError("its data has passes of teachers with different shapes; one phase learns from one teacher")
-    shape = taught[0] if taught else None
-    methods = [(method, parse_method(method.name, dict(method.options), student, shape)) for method in phase.methods]
-    keys: Keys = frozenset().union(*(method.teacher_keys for _, method in methods))
+    taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher == "store" else []
+    if any(found != taught[0] for found in taught):
+        raise ValueError("its data has teachers of different names or shapes; all data of a phase that has teachers has the same")
+    teachers = taught[0] if taught else {}
+    methods = [_method(spec, blueprint, teachers) for spec in phase.methods]
+    keys = {name: _read_of(name, methods) for name in teachers}
     measured = _measured(phase, student, manifests, shapes)
-    taught_by = frozenset(data for data, answers in shapes.items() if shape is not None and answers == shape)
+    taught_by = frozenset(data for data, answers in shapes.items() if teachers and answers == teachers)
     passes: Passes = {}
     for data in phase.data:
         if data not in taught_by and all(method.teacher_keys for _, method in methods):
             raise ValueError(f"no method can learn from {data.store}: its data has no pass_name of a teacher; add task_loss or lm_loss")
-        _add(passes, data, keys)
-    for data in phase.evaluate:
-        _add(passes, data, (measured | keys) if data in taught_by else measured)
+    for data in read:
+        for name, pass_name in data.answers.items():
+            of_methods = keys.get(name, frozenset()) if data in taught_by else frozenset()
+            of_metrics = measured if data in phase.evaluate and name == data.compared else frozenset()
+            _add(passes, data.store, pass_name, of_methods | of_metrics)
+    if blueprint.look is not None:
+        _add(passes, blueprint.look.store, blueprint.look.pass_name, blueprint.reads)
     for store, manifest in manifests.items():
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
     for spec, method in methods:
+        if phase.batch_rows // phase.accumulation < method.least_rows:
+            raise ValueError(
+                f"methods: {spec.name} compares the rows of a batch with each other: expected batch_rows of at least "
+                f"{method.least_rows * phase.accumulation} with accumulation {phase.accumulation}, found {phase.batch_rows}"
+            )
         problems = {data.store: _unlearnable(method, student, manifest.rows) for data in phase.data if (manifest := manifests[data.store])}
         if problems and all(problems.values()):
             raise ValueError(f"methods: {spec.name}: " + "; ".join(f"the rows of {store} {problem}" for store, problem in problems.items()))
-    return Outline(phase, blueprint, shape, methods, keys, taught_by, passes)
+    return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes)
 
 
 def folder_head(folder: Path) -> Head:
@@ -128,18 +145,69 @@ def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
     return None if teacher is not None and lacking else Store.open(store).manifest
 
 
-def _teacher_shape(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> ModelShape | None:
-    if data.pass_name is None:
-        return None
+def _teacher_shapes(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> dict[str, ModelShape]:
+    """The shape of each teacher of ``data``, by its name there."""
     passes = {} if manifest is None else manifest.passes
-    lacking = [name for name in names(data.pass_name) if name not in passes]
-    if not lacking:
-        own = {name: passes[name] for name in names(data.pass_name)}
-        check_same_teacher(own)
-        return next(iter(own.values())).shape
-    if teacher is not None:
-        return model_shape(load_config(teacher), folder_head(teacher))
-    raise MissingFeature(f"{data.store} has no pass {lacking[0]!r}{did_you_mean(lacking[0], sorted(passes))}")
+    shapes = {}
+    for name, pass_name in data.answers.items():
+        lacking = [one for one in names(pass_name) if one not in passes]
+        if not lacking:
+            own = {one: passes[one] for one in names(pass_name)}
+            check_same_teacher(own)
+            shapes[name] = next(iter(own.values())).shape
+        elif teacher is not None:
+            shapes[name] = model_shape(load_config(teacher), folder_head(teacher))
+        else:
+            raise MissingFeature(f"{data.store} has no pass {lacking[0]!r}{did_you_mean(lacking[0], sorted(passes))}")
+    return shapes
+
+
+def _method(spec: MethodSpec, blueprint: Blueprint, teachers: dict[str, ModelShape]) -> tuple[MethodSpec, Method]:
+    """The method that ``spec`` asks for, and ``spec`` with its teacher and its layers filled in."""
+    cls, options = method_class(spec.name), dict(spec.options)
+    if options.get("layers") == SAME_AS_INIT:
+        if blueprint.undecided:
+            raise MissingFeature(
+                f"methods: {spec.name}: layers: {SAME_AS_INIT} needs to know the blocks that importance chooses, and the store lacks the "
+                "hidden states that it measures: dump what `student-train needs` says without this option, and the method's own features "
+                "of all blocks"
+            )
+        if blueprint.origin is None:
+            raise ValueError(
+                f"methods: {spec.name}: layers: {SAME_AS_INIT} needs a student whose blocks come from the teacher (student.layers); "
+                "for others give pairs [student block, teacher block]"
+            )
+        options["layers"] = list(enumerate(blueprint.origin, 1))
+    resolved = spec.model_copy(update={"options": options, "teacher": _teacher_of(spec, cls, teachers)})
+    return resolved, _parse(resolved, blueprint.shape, teachers)
+
+
+def _parse(spec: MethodSpec, student: ModelShape, teachers: dict[str, ModelShape]) -> Method:
+    """The method of a ``spec`` whose teacher is filled in."""
+    known = teachers if method_class(spec.name).several else teachers.get(spec.teacher or "")
+    return parse_method(spec.name, dict(spec.options), student, known or None)
+
+
+def _teacher_of(spec: MethodSpec, cls: type[Method], teachers: dict[str, ModelShape]) -> str | None:
+    """Name of the one teacher that a method learns from; None where it learns from all, or from none."""
+    where = f"methods: {spec.name}"
+    if spec.teacher is not None and (cls.several or not cls.needs_teacher):
+        raise ValueError(f"{where}: it learns from {'all teachers' if cls.several else 'no teacher'}; leave teacher out")
+    if cls.several and set(teachers) == {""}:
+        raise ValueError(f"{where} learns from several teachers; expected data with teachers: {{NAME: PASS, ...}} instead of pass_name")
+    if spec.teacher is not None and spec.teacher not in teachers:
+        raise ValueError(f"{where}: no teacher {spec.teacher!r}{did_you_mean(spec.teacher, [name for name in teachers if name])}")
+    if cls.several or not cls.needs_teacher or not teachers:
+        return None
+    if spec.teacher is None and len(teachers) > 1:
+        raise ValueError(f"{where} learns from one teacher, and the data has {', '.join(teachers)}: name it with teacher")
+    return spec.teacher or next(iter(teachers))
+
+
+def _read_of(name: str, methods: list[tuple[MethodSpec, Method]]) -> Keys:
+    """What the methods read of the teacher ``name``."""
+    keys = (key for spec, method in methods for key in method.teacher_keys if (key.pass_name if method.several else spec.teacher) == name)
+    return frozenset(key.of("") for key in keys)
 
 
 def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Blueprint:
@@ -152,7 +220,16 @@ def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> B
         earlier = _blueprint(recipe, recipe.phase(spec.phase), teacher)
         return continued_blueprint(spec, earlier, student_folder(recipe, spec.phase), task)
     source = _source(phase, teacher)
-    return derived_blueprint(spec, source, load_config(source.folder), task)
+    config = load_config(source.folder)
+    return derived_blueprint(spec, source, config, task, _look(phase, model_shape(config, source.head)))
+
+
+def _look(phase: PhaseSpec, source: ModelShape) -> Look | None:
+    """Where the teacher of the phase's data answers for what matters in a model shaped like ``source``."""
+    for data in phase.data:
+        if data.compared_pass is not None:
+            return Look(data.store, data.compared_pass, data.split, data.where, source)
+    return None
 
 
 def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
@@ -160,11 +237,9 @@ def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
     if phase.student.source is not None:
         return Source(phase.student.source, folder_head(phase.student.source))
     for data in phase.data:
-        if data.pass_name is None:
-            continue
         manifest = _manifest(data.store, teacher)
         passes = {} if manifest is None else manifest.passes
-        own = [name for name in names(data.pass_name) if name in passes and not passes[name].imported]
+        own = [name for name in names(data.compared_pass) if name in passes and not passes[name].imported]
         if own:
             name = next((name for name in own if passes[name].shipped), own[0])
             return Source(Store.open(data.store).shipped(name), passes[name].shape.head, name)
@@ -174,7 +249,7 @@ def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
 
 
 def _measured(
-    phase: PhaseSpec, student: ModelShape, manifests: Mapping[Path, Manifest | None], shapes: Mapping[DataSpec, ModelShape | None]
+    phase: PhaseSpec, student: ModelShape, manifests: Mapping[Path, Manifest | None], shapes: Mapping[DataSpec, Mapping[str, ModelShape]]
 ) -> Keys:
     """What the metrics read of a teacher."""
     for name in phase.metrics:
@@ -183,7 +258,7 @@ def _measured(
         for data in phase.evaluate:
             manifest = manifests[data.store]
             if manifest is not None:
-                check_metric(name, manifest.rows, student, shapes[data])
+                check_metric(name, manifest.rows, student, shapes[data].get(data.compared))
     if phase.best is not None:
         known = [f"{prefix}{name}" for prefix in score_names(phase).values() for name in ("loss", *phase.metrics)]
         if phase.best.removeprefix("-") not in known:
@@ -191,16 +266,15 @@ def _measured(
     return teacher_keys(phase.metrics, student)
 
 
-def _add(passes: Passes, data: DataSpec, keys: Keys) -> None:
-    if data.pass_name is not None and keys:
-        place = (data.store, data.pass_name)
-        passes[place] = passes.get(place, frozenset()) | keys
+def _add(passes: Passes, store: Path, pass_name: PassName, keys: Keys) -> None:
+    if keys:
+        passes[store, pass_name] = passes.get((store, pass_name), frozenset()) | keys
 
 
 def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: Manifest) -> None:
     """The store's rows must be of the student's tokenizer, and its labels must have outputs."""
     rows, shape = manifest.rows, blueprint.shape
-    for data in (*phase.data, *phase.evaluate):
+    for data in (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else [])):
         if data.store == store and data.split not in rows.splits:
             raise ValueError(f"{store} has no split {data.split!r}{did_you_mean(data.split, sorted(rows.splits))}")
     if problem := _label_problem(shape, rows.task):
@@ -223,6 +297,10 @@ def _unlearnable(method: Method, student: ModelShape, rows: RowsInfo) -> str:
         return f"have no masked words; build rows with objective: mlm (found {rows.objective})"
     if "labels" in positions and rows.objective == "plain" and rows.task.kind != "token":
         return "have no labelled tokens; build rows with objective: mlm or causal, or with labels of tokens"
+    if method.reads_phrases and all(array.name != "phrases" for array in rows.token_arrays):
+        return "have no phrases (rows.phrases in the dump's recipe marks them)"
+    if method.reads_domains and not rows.domains:
+        return "have no domains (rows.domain in the dump's recipe names their column)"
     reads_task = any(key.site == "task_logits" for key in method.student_keys)
     if reads_task and rows.task.kind == "choice" and student.head != "multiple_choice":
         return f"are choices of questions, which take a student with head multiple_choice, found {student.head}"

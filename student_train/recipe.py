@@ -34,7 +34,8 @@ class DataSpec(Strict):
     """Teacher pass to learn from, or a list of passes that one teacher answered, which are read as one; None where the store has no
     pass, or the phase no teacher."""
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], PassName] = Field(default_factory=dict)
-    """Instead of pass_name, for methods that learn from several teachers: name -> its pass, or passes. Order them from small to large."""
+    """Instead of pass_name, for methods that learn from several teachers: name -> its pass, or passes, from small to large. Metrics compare
+    with the last one."""
     where: Where | None = None
     """Take only the rows that meet these conditions."""
     follow: float | None = Field(default=None, gt=0)
@@ -47,6 +48,9 @@ class DataSpec(Strict):
     by_length: int | None = Field(default=None, ge=1)
     """Put rows of like length into a step, which saves padding: the rows of so many steps are sorted by length, and the steps mixed again;
     50 to 100 do well. With a store of billions of rows, take shuffle: block, or each step looks up lengths all over it."""
+
+    def __hash__(self) -> int:
+        return hash((self.store, self.split, self.pass_name, tuple(self.teachers.items())))
 
     @field_validator("pass_name")
     @classmethod
@@ -62,6 +66,16 @@ class DataSpec(Strict):
     def answers(self) -> dict[str, PassName]:
         """Teacher -> its pass or passes; the only one has no name."""
         return {"": self.pass_name} if self.pass_name is not None else self.teachers
+
+    @property
+    def compared(self) -> str:
+        """Name of the teacher that metrics and student starts go by: the only or the last one."""
+        return next(reversed(self.answers), "")
+
+    @property
+    def compared_pass(self) -> PassName | None:
+        """Its pass or passes; None where there is no teacher."""
+        return self.answers.get(self.compared)
 
     @model_validator(mode="after")
     def _consistent_rows(self) -> "DataSpec":

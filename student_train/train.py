@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from student_train.arguments import checkpoints_student, fixed_on_resume, traini
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
+from student_train.moment import Moment
 from student_train.output import CHECKPOINTS
 from student_train.progress import Progress
 from student_train.recipe import PhaseSpec
@@ -52,6 +53,7 @@ def train(
     output: Path,
     seed: int,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    meta: Source | None = None,
 ) -> TrainResult:
     """Train ``bundle`` in place on rows of ``sources`` (those of ``phase.data``, in order) and leave it in eval mode.
 
@@ -64,7 +66,7 @@ def train(
             that is not finite.
     """
     where, checkpoints = f"phase {phase.name!r}", output / CHECKPOINTS
-    data = micro_batches(sources, phase, seed)
+    data = micro_batches(sources, phase, seed, meta)
     args = training_arguments(
         phase.trainer,
         where,
@@ -88,8 +90,18 @@ def train(
     if checkpoints_student(phase.trainer):
         bundle.checkpoint_activations(where)
     trainer = DistillationTrainer(
-        bundle, args, data, ranks, settings=settings, evaluate=evaluate, best=phase.best, patience=phase.patience, callbacks=callbacks
+        bundle,
+        args,
+        data,
+        ranks,
+        settings=settings,
+        evaluate=evaluate,
+        best=phase.best,
+        patience=phase.patience,
+        gradient_norms=phase.gradient_norms,
+        callbacks=callbacks,
     )
+    bundle.begin(Moment(step, data.steps, data.epoch_steps, seed))
     progress = Progress()
     if trainer.pop_callback(ProgressCallback):  # absent under disable_tqdm
         trainer.add_callback(progress)
@@ -108,11 +120,12 @@ def train(
     return TrainResult(state.global_step, None if resumed is None else step, state.best_global_step, state.best_metric, state.log_history)
 
 
-def micro_batches(sources: Sequence[Source], phase: PhaseSpec, seed: int) -> MicroBatches:
+def micro_batches(sources: Sequence[Source], phase: PhaseSpec, seed: int, meta: Source | None = None) -> MicroBatches:
     """What this rank reads of ``sources`` in the course of ``phase``; raises ValueError for ``batch_rows`` that cannot be shared out."""
     try:
         return MicroBatches(
             sources,
+            meta=meta,
             batch_rows=phase.batch_rows,
             accumulation=phase.accumulation,
             steps=phase.steps,
@@ -149,9 +162,10 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
         "batch_rows": phase.batch_rows,
         "accumulation": phase.accumulation,
         "data": [
-            _identity(source, ordered, spec.pass_name)
+            _identity(source, ordered, spec.answers)
             for source, ordered, spec in zip(data.sources, data.order.sources, phase.data, strict=True)
         ],
+        "meta": None if phase.meta is None else phase.meta.model_dump(mode="json", exclude={"store", "follow"}),
         "methods": [method.model_dump(mode="json") for method in phase.methods],
         "trainer": fixed_on_resume(phase.trainer),
     }
@@ -159,7 +173,7 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
     return plain
 
 
-def _identity(source: Source, ordered: order.Source, pass_name: PassName | None) -> dict[str, object]:
+def _identity(source: Source, ordered: order.Source, answers: Mapping[str, PassName]) -> dict[str, object]:
     """What a source says and in which order, wherever its store lies."""
     manifest = source.store.manifest
     of_teacher = source.teacher is not None or source.where is not None
@@ -168,7 +182,7 @@ def _identity(source: Source, ordered: order.Source, pass_name: PassName | None)
         "building": manifest.rows.building,
         "split": source.split,
         "weight": source.weight,
-        "teacher": fingerprint(manifest.passes, pass_name) if of_teacher else None,
+        "teacher": {name: fingerprint(manifest.passes, passes) for name, passes in answers.items()} if of_teacher else None,
         "where": None if source.where is None else source.where.model_dump(mode="json", exclude_defaults=True),
         "order": {"shuffle": source.shuffle, "window": source.window, "by_length": source.by_length},
         "units": [crc32c(pool.counts.tobytes()) for pool in ordered.copies],

@@ -21,42 +21,21 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online.batch import Features
 from online.ranks import Ranks
 from store.manifest import Json
 from store.strict import did_you_mean
 from student_train import checkpoint
 from student_train.bundle import Bundle
-from student_train.data import Failed, MicroBatches
+from student_train.data import Failed, MicroBatches, Source
+from student_train.gradients import Gates, norms, split_groups
 from student_train.journal import Journal
 from student_train.micro_batch import MicroBatch
+from student_train.moment import Moment
+from student_train.window import Counts, Window
 
 TRAINER_STATE = "trainer_state.json"
-Counts = dict[str, float]
 _log = logging.getLogger(__name__)
-
-
-class Window:
-    """What has been summed since the last log, on this rank."""
-
-    def __init__(self) -> None:
-        self.terms: dict[str, Tensor] = {}
-        self.steps: Counts = {}
-        self.tokens = 0.0
-        self.waited = 0.0
-        self.paused = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Add the terms of a micro-batch."""
-        for name, term in terms.items():
-            self.terms[name] = self.terms[name] + term if name in self.terms else term
-
-    def add_step(self, counts: Counts) -> None:
-        """Add the counts of an optimiser step, over all ranks."""
-        self.tokens += counts["tokens"]
-        for name, count in counts.items():
-            if name != "tokens" and count > 0:
-                self.steps[name] = self.steps.get(name, 0) + 1
 
 
 class DistillationTrainer(Trainer):
@@ -75,9 +54,13 @@ class DistillationTrainer(Trainer):
         evaluate: Callable[[], dict[str, float]] | None,
         best: str | None,
         patience: int | None,
+        gradient_norms: int | None = None,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model=bundle, args=args, train_dataset=data, eval_dataset={}, callbacks=callbacks)
+        self.gradient_norms = gradient_norms
+        self.watched: dict[str, Tensor] = {}
+        """Sums of the terms, of this step and rank, that methods want to know."""
         self.bundle, self.data, self.ranks, self.settings = bundle, data, ranks, settings
         self.measure, self.best, self.patience = evaluate, best, patience
         self.folder = Path(args.output_dir)
@@ -109,6 +92,9 @@ class DistillationTrainer(Trainer):
             ValueError: the step has nothing to learn from; its loss would be 0, and look like success.
         """
         started = time.perf_counter()
+        self.bundle.begin(self.moment)
+        self.bundle.probed = {} if self._probes else None
+        self.watched = {}
         items = [next(epoch_iterator) for _ in range(num_batches)]
         self.window.waited += time.perf_counter() - started
         micro_batches: list[MicroBatch] = []
@@ -140,6 +126,19 @@ class DistillationTrainer(Trainer):
 
     # step
 
+    @property
+    def moment(self) -> Moment:
+        """The optimiser step that comes next."""
+        return Moment(self.state.global_step, self.data.steps, self.data.epoch_steps, self.args.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's; where methods change learning rates, with a parameter group for each part of the student."""
+        optimizer = super().create_optimizer(model)
+        if self.bundle.gates():
+            split_groups(optimizer, self.bundle.loaded)
+            self.add_callback(Gates(self.bundle))
+        return optimizer
+
     def compute_loss(
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Counts | None = None
     ) -> Tensor:
@@ -149,9 +148,12 @@ class DistillationTrainer(Trainer):
             ValueError: a term is not finite; names it, the step and the rows' store.
         """
         source = self.data.sources[inputs.source]
+        meta = None
         with torch.no_grad():
-            features = {} if source.teacher is None else source.teacher.features(inputs.batch, inputs.fetched)
-        loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught)
+            features = _features(source, inputs)
+            if inputs.meta is not None and self.data.meta is not None:
+                meta = inputs.meta.batch, _features(self.data.meta, inputs.meta)
+        loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught, meta)
         finite = torch.isfinite(torch.stack(list(terms.values()))).tolist()
         for name, sound in zip(terms, finite, strict=True):
             if not sound:
@@ -160,9 +162,18 @@ class DistillationTrainer(Trainer):
                     "nothing of this step is kept; try a lower learning_rate, or look at the rows with teacher-dump show"
                 )
         self.window.add(terms)
+        for name in filter(self.bundle.watched, terms):
+            self.watched[name] = self.watched.get(name, torch.zeros(())) + terms[name].cpu()
         return loss * self.ranks.count
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        self._note_norms()
+        clipped: Tensor | float | None = super()._clip_grad_norm(model)
+        return clipped
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        if not self.args.max_grad_norm:
+            self._note_norms()
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
             raise ValueError(
@@ -170,6 +181,17 @@ class DistillationTrainer(Trainer):
                 "nothing of this step is kept; try a lower learning_rate"
             )
         return norm
+
+    @property
+    def _probes(self) -> bool:
+        """Whether this step measures gradients."""
+        return self.gradient_norms is not None and self.state.global_step % self.gradient_norms == 0
+
+    def _note_norms(self) -> None:
+        """Remember for the log what is measured of this step's gradient, before clipping."""
+        if self._probes:
+            self.window.norms = {f"gradient/{part}": norm for part, norm in norms(self.bundle.loaded).items()}
+            self.window.norms |= {f"gradient/{term}": float(norm) for term, norm in (self.bundle.probed or {}).items()}
 
     # log
 
@@ -186,11 +208,7 @@ class DistillationTrainer(Trainer):
 
     def _window_logs(self) -> dict[str, float]:
         window, self.window = self.window, Window()
-        elapsed = time.perf_counter() - window.started - window.paused
-        names = sorted(window.terms)
-        *sums, waited = self.ranks.sum([*torch.stack([window.terms[name].double() for name in names]).tolist(), window.waited])
-        means = {name: value / window.steps[name] for name, value in zip(names, sums, strict=True) if name in window.steps}
-        return {**means, "tokens_per_second": window.tokens / elapsed, "loader_wait": waited / self.ranks.count / elapsed}
+        return window.logs(self.ranks)
 
     # evaluate
 
@@ -237,6 +255,9 @@ class DistillationTrainer(Trainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
+        if self.watched:
+            self.bundle.learned(dict(zip(self.watched, self.ranks.sum([float(term) for term in self.watched.values()]), strict=True)))
+            self.watched = {}
         if self.control.should_save:  # windows end at checkpoints, so that a resumed run logs what an uninterrupted one does
             self.control.should_log = True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
@@ -294,6 +315,11 @@ class DistillationTrainer(Trainer):
             if self.ranks.count > 1:
                 for tensor in checkpoint.weights(self.bundle.student).values():
                     dist.broadcast(tensor, src=0)
+
+
+def _features(source: Source, micro_batch: MicroBatch) -> Features:
+    """What the teacher of ``source`` answers."""
+    return {} if source.teacher is None else source.teacher.features(micro_batch.batch, micro_batch.fetched)
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:

@@ -29,6 +29,9 @@ Temperature = Annotated[
     Annotated[float, Field(gt=0), NUMBER] | Annotated[Schedule, AfterValidator(_always_positive), SCHEDULE], Discriminator(kind_of)
 ]
 """T of a softmax, or how it changes."""
+SAME_AS_INIT = "same_as_init"
+"""As ``layers`` of a method in a recipe: each student block learns from the teacher block that it started from."""
+
 LayerMap = Literal["uniform", "last"] | list[tuple[int, int]]
 """Which teacher block each student block learns from: pairs (student, teacher) counted from 1 (0 is the embedding output
 where a method reads it), ``uniform`` as TinyBERT (student l from l * N_t / N_s, Jiao et al. 2020) or ``last`` (N_s from N_t)."""
@@ -53,6 +56,10 @@ Kind = Literal[
 """In what a method differs from a loss on logits, after the kinds that GKD's hooks serve (Tan et al. 2023, arXiv 2306.06629)."""
 
 
+Stages = Mapping[str, tuple[Knowledge, ...]]
+"""Stage of a paper -> what a student learns from there."""
+
+
 class Method(nn.Module):
     """One distillation loss: ``__init__(student, teacher, *, option=default, ...)`` with the recipe's option names.
 
@@ -66,8 +73,7 @@ class Method(nn.Module):
 
     paper: ClassVar[str] = ""
     """Authors, year, arXiv number or place."""
-    stages: ClassVar[Mapping[str, tuple[Knowledge, ...]]] = {}
-    """Stage of the paper -> what it learns from there."""
+    stages: ClassVar[Stages] = {}
     kinds: ClassVar[frozenset[Kind]] = frozenset()
     accepts: ClassVar[str] = "any"
     """Which students it takes, for people: ``as many heads, any width``."""
@@ -75,12 +81,14 @@ class Method(nn.Module):
     """Whether it learns from a teacher; otherwise ``teacher`` may be None and the teacher's features empty."""
     several: ClassVar[bool] = False
     """Whether ``__init__`` takes the ``TeacherShapes`` of the phase; the pass name of a teacher's key is then that teacher's name."""
-    least_rows: ClassVar[int] = 1
+    least_rows: int = 1
     """Rows that a micro-batch must have over all ranks."""
     watches: ClassVar[bool] = False
     """Whether ``learned`` wants to be told."""
     perturbs: bool = False
     """Whether the step is to be taken at embeddings moved by one unit vector along their gradient (LRC-BERT)."""
+    must_carry: bool = False
+    """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
 
     def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False) -> None:
         super().__init__()
@@ -88,6 +96,10 @@ class Method(nn.Module):
         self.teacher_keys = frozenset(teacher_keys)
         self.reads_labels = reads_labels
         """Whether a term learns from the task labels of rows or tokens."""
+        self.reads_phrases = False
+        """Whether a term needs rows with phrases."""
+        self.reads_domains = False
+        """Whether a term needs rows with domains."""
         self.moment: Moment = START
         """The optimiser step that its next calls belong to."""
 
@@ -141,6 +153,11 @@ def layer_pairs(layers: LayerMap, student: ModelShape, teacher: ModelShape, lowe
         check_block("layers", "student", s, student, lowest)
         check_block("layers", "teacher", t, teacher, lowest)
     return pairs
+
+
+def row_token(student: ModelShape) -> str:
+    """Positions of the token that stands for its row: the first one, or the last in causal students, whose first has seen nothing."""
+    return "last" if student.causal else "first"
 
 
 def block_keys(sites: Sequence[str], blocks: Sequence[tuple[int, int]]) -> tuple[set[FeatureKey], set[FeatureKey]]:

@@ -161,7 +161,7 @@ def test_wrong_command_lines_are_refused(program: Run, sentiment: Path, tmp_path
         (("run", recipe, "phases.7.steps=1"), "expected an item from 0 to 1"),
         (("run", recipe, "steps"), "expected key.path=value"),
         (("run", recipe, "--phase", "frist"), "did you mean 'first'?"),
-        (("run", recipe, "--phase", "second"), "starts from phase 'first', which is not finished"),
+        (("run", recipe, "--phase", "second"), "goes on from phase 'first', which is not finished"),
         (("run", recipe, "--phase", "first", "--smoke"), "--smoke tries all phases"),
         (("train", recipe), "No such command"),
     ):
