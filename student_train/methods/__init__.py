@@ -9,9 +9,13 @@ from pydantic import ValidationError, create_model
 
 from store.shape import ModelShape
 from store.strict import Strict, did_you_mean, explain
+from student_train.methods.alp_kd import ALPKD
+from student_train.methods.annealing_kd import AnnealingKD
 from student_train.methods.att_kl import AttKL
 from student_train.methods.att_mse import AttMSE
 from student_train.methods.base import Method, TeacherShapes
+from student_train.methods.continuation_kd import ContinuationKD
+from student_train.methods.dgkd import DGKD
 from student_train.methods.distilbert import DistilBERT
 from student_train.methods.hid_cls import HidCLS
 from student_train.methods.hid_seq import HidSeq
@@ -21,18 +25,30 @@ from student_train.methods.lm_loss import LMLoss
 from student_train.methods.match import Match
 from student_train.methods.minilm import MiniLM
 from student_train.methods.minilmv2 import MiniLMv2
+from student_train.methods.mt_bert import MTBERT
+from student_train.methods.pkd import PKD
+from student_train.methods.rail_kd import RAILKD
 from student_train.methods.sentence import Sentence
 from student_train.methods.task_loss import TaskLoss
 from student_train.methods.tinybert import TinyBERT
+from student_train.methods.tmkd import TMKD
+from student_train.methods.uncertainty import Uncertainty
+from student_train.methods.universal_kd import UniversalKD
 from student_train.methods.val_kl import ValKL
 
 METHODS: dict[str, type[Method]] = {
     "task_loss": TaskLoss,
     "lm_loss": LMLoss,
     "kd": KD,
+    "annealing_kd": AnnealingKD,
+    "continuation_kd": ContinuationKD,
     "lm_kd": LMKD,
     "hid_cls": HidCLS,
     "hid_seq": HidSeq,
+    "pkd": PKD,
+    "alp_kd": ALPKD,
+    "rail_kd": RAILKD,
+    "universal_kd": UniversalKD,
     "att_mse": AttMSE,
     "att_kl": AttKL,
     "val_kl": ValKL,
@@ -41,6 +57,10 @@ METHODS: dict[str, type[Method]] = {
     "tinybert": TinyBERT,
     "distilbert": DistilBERT,
     "sentence": Sentence,
+    "dgkd": DGKD,
+    "uncertainty": Uncertainty,
+    "tmkd": TMKD,
+    "mt_bert": MTBERT,
     "match": Match,
 }
 

@@ -3,16 +3,16 @@
 Shapes: B rows, C classes.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import Method, Temperature, Terms, check_equal
-from student_train.methods.losses import group_log_softmax, kl, unit_count, vectors
-from student_train.methods.task_loss import label_count, label_loss, task_key
+from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal
+from student_train.methods.losses import group_log_softmax, kl, vectors
+from student_train.methods.task_loss import answer_count, label_count, label_loss, task_key
 
 
 class KD(Method):
@@ -26,6 +26,10 @@ class KD(Method):
 
     Terms ``soft`` (rows, groups or tokens) and ``hard`` (those with a label).
     """
+
+    paper = "Hinton, Vinyals, Dean 2015, arXiv 1503.02531"
+    stages: ClassVar[Stages] = {"task": ("soft", "hard")}
+    accepts = "any with the teacher's task head"
 
     def __init__(
         self,
@@ -44,8 +48,7 @@ class KD(Method):
     def counts(self, batch: Batch) -> Terms:
         terms = {}
         if self.alpha:
-            choices = self.shape.head == "multiple_choice"
-            terms["soft"] = _group_count(batch) if choices else unit_count(batch, self.key.positions)
+            terms["soft"] = answer_count(batch, self.shape)
         if self.alpha < 1:
             terms["hard"] = label_count(batch, self.shape)
         return terms
@@ -66,8 +69,3 @@ class KD(Method):
         if self.shape.labels == 1:
             return (student - teacher).square().sum()
         return kl(student, teacher, temperature).sum()
-
-
-def _group_count(batch: Batch) -> Tensor:
-    starts = batch.groups[1:] != batch.groups[:-1]
-    return starts.sum().float() + 1

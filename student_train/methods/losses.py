@@ -33,6 +33,11 @@ def of_blocks(student: Features, teacher: Features, site: str, blocks: tuple[int
     return dense(student, FeatureKey(site, blocks[0])), dense(teacher, FeatureKey(site, blocks[1]))
 
 
+def zero_padded(value_BTW: Tensor, batch: Batch) -> Tensor:
+    """[B, T, W] float32 with zeros on padding, whatever stands there."""
+    return value_BTW.float().masked_fill(~batch.mask[..., None], 0)
+
+
 def unit_count(batch: Batch, positions: str) -> Tensor:
     """0-d float32: how many vectors ``vectors`` finds; known from the masks."""
     if positions == "all":
@@ -63,6 +68,12 @@ def soft_ce(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
     return -(temperature**2) * ((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1)
 
 
+def attended(query_BW: Tensor, values_BLW: Tensor) -> Tensor:
+    """[B, W] mean of the values of L layers, each weighted by the softmax over layers of its dot product with the query; no parameters."""
+    scores_BL = (values_BLW @ query_BW[..., None]).squeeze(-1)
+    return (scores_BL.softmax(-1)[..., None] * values_BLW).sum(1)
+
+
 def group_log_softmax(scores_B: Tensor, groups_B: Tensor) -> Tensor:
     """[B] log-softmax of each score among the rows of its group; the rows of a group stand together."""
     names, group_B = groups_B.unique_consecutive(return_inverse=True)
@@ -89,8 +100,7 @@ def pair_count(batch: Batch, student: ModelShape, teacher: ModelShape, blocks: l
 
 def relation(x_BTW: Tensor, heads: int, batch: Batch) -> Tensor:
     """[B, heads, T, S] scaled dot products X X^T / sqrt(W / heads) of every head of ``x_BTW`` (MiniLM, MiniLMv2)."""
-    x_BTW = x_BTW.float().masked_fill(~batch.mask[..., None], 0)
-    x_BHTW = x_BTW.unflatten(-1, (heads, -1)).transpose(1, 2)
+    x_BHTW = zero_padded(x_BTW, batch).unflatten(-1, (heads, -1)).transpose(1, 2)
     return x_BHTW @ x_BHTW.mT / x_BHTW.shape[-1] ** 0.5
 
 

@@ -3,6 +3,8 @@
 Shapes: B rows, N labelled tokens, C classes.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,9 +12,9 @@ from torch.nn import functional as F
 from online.batch import IGNORED, Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Terms, check_site
+from student_train.methods.base import Method, Stages, Terms, check_site
 from student_train.methods.lm_loss import word_loss
-from student_train.methods.losses import group_log_softmax, vectors
+from student_train.methods.losses import group_log_softmax, unit_count, vectors
 
 
 class TaskLoss(Method):
@@ -24,6 +26,9 @@ class TaskLoss(Method):
     Term ``hard``: sum over labelled rows (choices: groups; token classification: tokens).
     """
 
+    paper = "none: supervised learning"
+    stages: ClassVar[Stages] = {"task": ("hard",)}
+    accepts = "any with a task head"
     needs_teacher = False
 
     def __init__(self, student: ModelShape, teacher: ModelShape | None) -> None:
@@ -48,11 +53,18 @@ def task_key(shape: ModelShape) -> FeatureKey:
     return FeatureKey("task_logits", positions="labels" if shape.head == "token_classification" else "row")
 
 
+def answer_count(batch: Batch, shape: ModelShape) -> Tensor:
+    """0-d float32: how many answers a task head gives, labelled or not: of rows, of the labelled tokens, or of groups of choices."""
+    if shape.head == "multiple_choice":
+        return (batch.groups[1:] != batch.groups[:-1]).sum().float() + 1
+    return unit_count(batch, task_key(shape).positions)
+
+
 def label_count(batch: Batch, shape: ModelShape) -> Tensor:
     """0-d float32: labelled tokens, rows, or groups (by their right row) of ``batch``."""
     if shape.head == "token_classification":
         return batch.labelled.sum().float()
-    labels_B = _row_labels(batch, shape)
+    labels_B = row_labels(batch, shape)
     if shape.head == "multiple_choice":
         return (labels_B == 1).sum().float()
     return (~labels_B.isnan() if shape.labels == 1 else labels_B != IGNORED).sum().float()
@@ -62,7 +74,7 @@ def label_loss(logits: Tensor, batch: Batch, shape: ModelShape) -> Tensor:
     """0-d sum of the supervised loss of ``logits`` [B, C] (token classification: [N, C])."""
     if shape.head == "token_classification":
         return word_loss(logits, batch)
-    labels_B = _row_labels(batch, shape)
+    labels_B = row_labels(batch, shape)
     if shape.head == "multiple_choice":
         return -group_log_softmax(logits.squeeze(-1), batch.groups)[labels_B == 1].sum()
     if shape.labels == 1:
@@ -71,7 +83,7 @@ def label_loss(logits: Tensor, batch: Batch, shape: ModelShape) -> Tensor:
     return F.cross_entropy(logits, labels_B, ignore_index=IGNORED, reduction="sum")
 
 
-def _row_labels(batch: Batch, shape: ModelShape) -> Tensor:
+def row_labels(batch: Batch, shape: ModelShape) -> Tensor:
     """[B] labels, float32 for scores and else int64; NaN or IGNORED in rows without one."""
     score = shape.head == "classification" and shape.labels == 1
     if batch.row_labels is None:

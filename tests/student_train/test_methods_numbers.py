@@ -208,7 +208,8 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_that_of_labels(name: str
     for module in given.method.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.eye_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
     keys = {key.of("") for key in given.method.teacher_keys} | {key for key in given.method.student_keys if not key.form}
     teacher = make_features(frozenset(keys), given.shape, given.batch, 3)
     for key in [key for key in teacher if key.form]:
@@ -227,12 +228,16 @@ def top_of(logits: Value, kept: int) -> TopK:
 
 
 def answer(name: str, changed: dict[str, object]) -> tuple[object, ...]:
-    """All that an option can act on: what is read, each term's mean, and what the method then is."""
+    """All that an option can act on: what is read, each term's mean and gradient, and what the method then is."""
     given = setting(CASES[name], changed)
-    terms = given.method(given.student, given.teacher, given.batch)
+    features = leaves(given.student)
+    terms = given.method(given.student | features, given.teacher, given.batch)
+    loss = torch.stack(list(terms.values())).sum()
+    slopes = torch.autograd.grad(loss, list(features.values()), allow_unused=True) if features else ()
     means = {term: terms[term].item() / count.item() for term, count in given.method.counts(given.batch).items()}
     state = {name: tensor.tolist() for name, tensor in given.method.state_dict().items()}
-    return given.method.student_keys, given.method.teacher_keys, means, state, given.method.gates(), given.method.perturbs
+    learned = [slope if slope is None else slope.tolist() for slope in slopes]
+    return given.method.student_keys, given.method.teacher_keys, means, learned, state, given.method.gates(), given.method.perturbs
 
 
 @pytest.mark.parametrize(("name", "changed"), CHANGES)
