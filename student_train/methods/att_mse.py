@@ -3,11 +3,13 @@
 Shapes: B rows, H heads, T tokens (queries), S tokens (keys).
 """
 
+from typing import ClassVar
+
 import torch
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, block_keys, check_equal, check_site, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Terms, block_keys, check_equal, check_site, layer_pairs
 from student_train.methods.losses import map_mse, of_blocks, pair_count, shared_pairs
 
 
@@ -20,6 +22,11 @@ class AttMSE(Method):
 
     Term ``attention``: sum over pairs and layers, mean over heads. Both models need as many query heads.
     """
+
+    paper = "Wang, Weissweiler, Schuetze, Plank 2023, arXiv 2305.15032"
+    stages: ClassVar[Stages] = {"intermediate": ("attention",), "prediction": ("soft", "hard")}
+    kinds = frozenset({"reads intermediate features", "trains in several phases"})
+    accepts = "as many attention heads, any width"
 
     def __init__(self, student: ModelShape, teacher: ModelShape, *, layers: LayerMap = "uniform") -> None:
         check_site("attention_scores", student, teacher)

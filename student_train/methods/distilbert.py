@@ -1,11 +1,11 @@
 """DistilBERT: soft word predictions, masked-LM loss and cosine of the last hidden states."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Temperature, Terms, Weight, check_equal, check_site, check_weights
+from student_train.methods.base import Method, Stages, Temperature, Terms, Weight, check_equal, check_site, check_weights
 from student_train.methods.lm_loss import word_loss
 from student_train.methods.losses import cosine, kl, unit_count, vectors
 
@@ -24,6 +24,11 @@ class DistilBERT(Method):
     Terms ``soft`` (tokens), ``mlm`` (labelled tokens), ``cosine`` (tokens, after the last norm; both models need the
     same width, for the paper has no projection).
     """
+
+    paper = "Sanh, Debut, Chaumond, Wolf 2019, arXiv 1910.01108"
+    stages: ClassVar[Stages] = {"pretraining": ("hidden", "soft", "hard")}
+    kinds = frozenset({"reads intermediate features"})
+    accepts = "the teacher's width, language-model head and vocabulary"
 
     def __init__(
         self,

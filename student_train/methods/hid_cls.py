@@ -1,13 +1,13 @@
 """Hidden states of one token of each row."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Terms, layer_pairs
 from student_train.methods.losses import mse, projection, unit_count, vectors
 
 
@@ -21,6 +21,11 @@ class HidCLS(Method):
 
     Term ``hidden``: sum over rows and layers, mean over width. Block 0 in ``layers`` is the embedding output.
     """
+
+    paper = "Wang, Weissweiler, Schuetze, Plank 2023, arXiv 2305.15032"
+    stages: ClassVar[Stages] = {"intermediate": ("hidden",), "prediction": ("soft", "hard")}
+    kinds = frozenset({"reads intermediate features", "has parameters of its own", "trains in several phases"})
+    accepts = "any; a projection is learned where widths differ"
 
     def __init__(
         self, student: ModelShape, teacher: ModelShape, *, layers: LayerMap = "uniform", positions: Literal["first", "last"] | None = None

@@ -1,11 +1,13 @@
 """Hidden states of every token."""
 
+from typing import ClassVar
+
 import torch
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Terms, layer_pairs
 from student_train.methods.losses import mse, projection, unit_count, vectors
 
 
@@ -18,6 +20,11 @@ class HidSeq(Method):
 
     Term ``hidden``: sum over tokens and layers, mean over width. Block 0 in ``layers`` is the embedding output.
     """
+
+    paper = "Wang, Weissweiler, Schuetze, Plank 2023, arXiv 2305.15032"
+    stages: ClassVar[Stages] = {"intermediate": ("hidden",), "prediction": ("soft", "hard")}
+    kinds = frozenset({"reads intermediate features", "has parameters of its own", "trains in several phases"})
+    accepts = "any; a projection is learned where widths differ"
 
     def __init__(self, student: ModelShape, teacher: ModelShape, *, layers: LayerMap = "uniform") -> None:
         pairs = [(FeatureKey("hidden", s), FeatureKey("hidden", t)) for s, t in layer_pairs(layers, student, teacher, lowest=0)]

@@ -3,7 +3,7 @@
 Shapes: U tokens, V words, K kept words.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor
 from online.batch import Batch, Features, TopK
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Temperature, Terms, check_equal, check_site
+from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site
 from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
 
 
@@ -32,6 +32,10 @@ class LMKD(Method):
 
     Term ``words``: sum over tokens.
     """
+
+    paper = "Hinton, Vinyals, Dean 2015, arXiv 1503.02531"
+    stages: ClassVar[Stages] = {"pretraining": ("soft",)}
+    accepts = "any with the teacher's language-model head and vocabulary"
 
     def __init__(
         self,

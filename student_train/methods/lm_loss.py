@@ -3,13 +3,15 @@
 Shapes: N labelled tokens, V words.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Terms, check_site
+from student_train.methods.base import Method, Stages, Terms, check_site
 from student_train.methods.losses import unit_count, vectors
 
 
@@ -22,6 +24,9 @@ class LMLoss(Method):
     Term ``words``: sum over labelled tokens; its mean is the logarithm of the perplexity.
     """
 
+    paper = "Devlin, Chang, Lee, Toutanova 2019, arXiv 1810.04805"
+    stages: ClassVar[Stages] = {"pretraining": ("hard",)}
+    accepts = "any with a language-model head"
     needs_teacher = False
 
     def __init__(self, student: ModelShape, teacher: ModelShape | None) -> None:

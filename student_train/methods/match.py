@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens (queries), S tokens (keys), W width, H heads.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from online.batch import Batch, Features, dense
 from store.features import LAYERED, FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Temperature, Terms, check_equal, check_site, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Temperature, Terms, check_equal, check_site, layer_pairs
 from student_train.methods.losses import MASKED, cosine, kl, pair_count, relation, shared_pairs, soft_ce, unit_count, vectors
 
 Distance = Literal["mse", "huber", "cosine", "kl", "ce"]
@@ -36,6 +36,11 @@ class Match(Method):
     Term: the site's name. Sum over tokens, rows, or (``mse`` and ``huber`` of attention and relations) pairs of tokens, and
     over layers; mean over heads.
     """
+
+    paper = "none of its own; the match table of Yang et al. 2020, arXiv 2002.12620"
+    stages: ClassVar[Stages] = {"any": ("embedding", "attention", "hidden", "soft")}
+    kinds = frozenset({"reads intermediate features", "has parameters of its own"})
+    accepts = "any; widths or heads as the site and its projection need"
 
     def __init__(
         self,

@@ -1,10 +1,23 @@
 """MiniLM: self-attention distributions and value relations of one block."""
 
+from typing import ClassVar
+
 import torch
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, Weight, block_keys, check_equal, check_site, check_weights, layer_pairs
+from student_train.methods.base import (
+    LayerMap,
+    Method,
+    Stages,
+    Terms,
+    Weight,
+    block_keys,
+    check_equal,
+    check_site,
+    check_weights,
+    layer_pairs,
+)
 from student_train.methods.losses import map_kl, of_blocks, relation, shared_pairs, unit_count
 
 
@@ -19,6 +32,11 @@ class MiniLM(Method):
     Terms ``attention`` and ``value``: sum over query tokens (and layers), mean over heads. Both models need as many query
     heads (``attention``) and as many key-value heads (``value``); their widths may differ.
     """
+
+    paper = "Wang, Wei, Dong, Bao, Yang, Zhou 2020, arXiv 2002.10957"
+    stages: ClassVar[Stages] = {"pretraining": ("attention",)}
+    kinds = frozenset({"reads intermediate features"})
+    accepts = "as many attention and key-value heads, any width"
 
     def __init__(
         self, student: ModelShape, teacher: ModelShape, *, layers: LayerMap = "last", attention: Weight = 1.0, value: Weight = 1.0

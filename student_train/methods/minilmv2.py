@@ -1,14 +1,14 @@
 """MiniLMv2: relations among queries, among keys and among values of one block."""
 
 from math import gcd
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, Weight, block_keys, check_site, check_weights, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Terms, Weight, block_keys, check_site, check_weights, layer_pairs
 from student_train.methods.losses import map_kl, of_blocks, relation, shared_pairs, unit_count
 
 
@@ -26,6 +26,11 @@ class MiniLMv2(Method):
 
     Terms ``query``, ``key``, ``value``: sum over query tokens (and layers), mean over relation heads.
     """
+
+    paper = "Wang, Bao, Huang, Dong, Wei 2021, arXiv 2012.15828"
+    stages: ClassVar[Stages] = {"pretraining": ("attention",)}
+    kinds = frozenset({"reads intermediate features"})
+    accepts = "any heads; widths that relation_heads divides"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 Shapes: B rows, R rows of all ranks, W width.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -13,7 +13,7 @@ from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.gather import gathered
-from student_train.methods.base import Method, Terms, Weight, check_block, check_weights
+from student_train.methods.base import Method, Stages, Terms, Weight, check_block, check_weights
 from student_train.methods.losses import cosine, mse, projection, unit_count, vectors
 
 
@@ -30,6 +30,11 @@ class Sentence(Method):
 
     Terms ``cosine``, ``mse`` and ``similarity`` (rows).
     """
+
+    paper = "Reimers, Gurevych 2020, arXiv 2004.09813; Tung, Mori 2019, arXiv 1907.09682"
+    stages: ClassVar[Stages] = {"transfer": ("hidden",)}
+    kinds = frozenset({"reads intermediate features", "has parameters of its own", "compares rows of a batch"})
+    accepts = "any; a projection is learned where widths differ"
 
     def __init__(
         self,

@@ -3,13 +3,26 @@
 Shapes: B rows, H heads, T tokens (queries), S tokens (keys).
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, Weight, block_keys, check_equal, check_site, check_weights, layer_pairs
+from student_train.methods.base import (
+    LayerMap,
+    Method,
+    Stages,
+    Terms,
+    Weight,
+    block_keys,
+    check_equal,
+    check_site,
+    check_weights,
+    layer_pairs,
+)
 from student_train.methods.losses import map_mse, mse, of_blocks, pair_count, shared_pairs, unit_count, vectors
 
 EMBEDDING = FeatureKey("hidden", 0)
@@ -29,6 +42,15 @@ class TinyBERT(Method):
     Terms ``embedding`` and ``hidden`` (tokens, mean over width) and ``attention`` (pairs of tokens, mean over heads; both
     models need as many query heads), summed over layers.
     """
+
+    paper = "Jiao et al. 2020, arXiv 1909.10351"
+    stages: ClassVar[Stages] = {
+        "general": ("embedding", "attention", "hidden"),
+        "task intermediate": ("embedding", "attention", "hidden"),
+        "task prediction": ("soft",),
+    }
+    kinds = frozenset({"reads intermediate features", "has parameters of its own", "trains in several phases"})
+    accepts = "as many attention heads, any width"
 
     def __init__(
         self,

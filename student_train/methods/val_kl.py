@@ -1,10 +1,12 @@
 """Relations among values by KL divergence."""
 
+from typing import ClassVar
+
 import torch
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import LayerMap, Method, Terms, block_keys, check_equal, check_site, layer_pairs
+from student_train.methods.base import LayerMap, Method, Stages, Terms, block_keys, check_equal, check_site, layer_pairs
 from student_train.methods.losses import map_kl, of_blocks, relation, shared_pairs, unit_count
 
 
@@ -18,6 +20,11 @@ class ValKL(Method):
     Term ``value``: sum over query tokens and layers, mean over heads. Both models need as many key-value heads; their
     widths may differ.
     """
+
+    paper = "Wang, Weissweiler, Schuetze, Plank 2023, arXiv 2305.15032"
+    stages: ClassVar[Stages] = {"intermediate": ("attention",), "prediction": ("soft", "hard")}
+    kinds = frozenset({"reads intermediate features", "trains in several phases"})
+    accepts = "as many key-value heads, any width"
 
     def __init__(self, student: ModelShape, teacher: ModelShape, *, layers: LayerMap = "uniform") -> None:
         check_site("value", student, teacher)
