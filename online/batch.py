@@ -48,6 +48,11 @@ class Batch:
     """[B] int64 class, or float32 score; for choices 1 on the right row of a group, 0 on the others."""
     groups: Tensor
     """[B] int64: rows of one group carry the same number and stand together."""
+    domains: Tensor | None = None
+    """[B] int64 place of each row's domain in RowsInfo.domains, None where rows have none."""
+    phrases: Tensor | None = None
+    """[B, T] int64 number of the phrase that a token belongs to, from 1 on in each row, in the order of the tokens; 0 on padding and tokens
+    of none. None where rows have no phrases."""
 
     @property
     def lengths(self) -> Tensor:

@@ -14,7 +14,7 @@ from store.reader import Store
 from store.rows import Row
 
 Ints = NDArray[np.int64]
-ARRAYS = ("input_ids", "segments", "documents", "token_labels")
+ARRAYS = ("input_ids", "segments", "documents", "token_labels", "phrases")
 
 
 def collate(store: Store, rows: Ints) -> Batch:
@@ -24,8 +24,9 @@ def collate(store: Store, rows: Ints) -> Batch:
         CorruptShard: a file of the rows is damaged.
     """
     info, numbers = store.manifest.rows, store.rows.at(rows)
-    packed = store.all_tokens(rows)
-    return _batch(rows, packed, numbers.length, store.rows.label_at(rows), numbers.group, info.objective, info.task, info.pad_id)
+    packed, labels = store.all_tokens(rows), store.rows.label_at(rows)
+    domains = store.rows.domain_at(rows) if info.domains else None
+    return _batch(rows, packed, numbers.length, labels, numbers.group, domains, info.objective, info.task, info.pad_id)
 
 
 def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -> Batch:
@@ -33,7 +34,9 @@ def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -
     packed = {name: np.concatenate([getattr(row, name) for row in rows]) for name in ARRAYS if getattr(rows[0], name) is not None}
     lengths = np.array([len(row.input_ids) for row in rows])
     labels = np.array([np.nan if row.label is None else row.label for row in rows])
-    return _batch(np.arange(len(rows)), packed, lengths, labels, np.array([row.group for row in rows]), objective, task, pad_id)
+    groups = np.array([row.group for row in rows])
+    domains = None if rows[0].domain is None else np.array([row.domain for row in rows])
+    return _batch(np.arange(len(rows)), packed, lengths, labels, groups, domains, objective, task, pad_id)
 
 
 def _batch(
@@ -42,6 +45,7 @@ def _batch(
     lengths: Ints,
     labels: NDArray[np.float64],
     groups: Ints,
+    domains: Ints | None,
     objective: str,
     task: Task,
     pad_id: int,
@@ -72,6 +76,8 @@ def _batch(
         token_labels=padded(token_labels, IGNORED),
         row_labels=_row_labels(labels, task),
         groups=torch.from_numpy(np.asarray(groups, np.int64)),
+        domains=None if domains is None else torch.from_numpy(np.asarray(domains, np.int64)),
+        phrases=padded(packed.get("phrases"), 0),
     )
 
 

@@ -71,6 +71,8 @@ class Record:
     split: str
     values: dict[str, object]
     """Column -> value."""
+    domain: int | None = None
+    """Number of its domain, once row building has looked it up."""
 
     @property
     def where(self) -> str:

@@ -24,5 +24,6 @@ class Draft:
     documents: NDArray[np.uint16] | None = None
     token_labels: NDArray[np.int32] | None = None
     """[n] class of each word's first token, for token classification."""
+    phrases: NDArray[np.uint16] | None = None
     label: float | None = None
     spans: list[tuple[int, int]] = field(default_factory=list)

@@ -6,7 +6,7 @@ segment is longer at the time, one by one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ from online import labels, spans
 from online.batch import IGNORED
 from online.corpus import Record
 from online.drafts import Draft
-from online.templates import Template
+from online.phrases import Phrases, Ranges, numbered
+from online.templates import Rendered, Template
 
 if TYPE_CHECKING:
     from online.rows import RowsSpec
@@ -37,6 +38,8 @@ class _Input:
     words: list[tuple[int, int]] = field(default_factory=list)
     """Character ranges of the words that ``classes`` belong to."""
     classes: list[int] = field(default_factory=list)
+    phrases: tuple[int, Ranges] = (0, [])
+    """Segment of the first text field, and the ranges of it that are phrases, where a column says so."""
 
 
 def examples(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Draft]]:
@@ -70,7 +73,8 @@ class _Builder:
         self.ending = tokenizer.eos_token_id if spec.objective == "causal" else None
         self.by_word = spec.label is not None and spec.label.tokens
         self.numbers = labels.class_numbers(spec.label.classes or tuple(range(len(self.choices)))) if spec.label else {}
-        self.offsets = bool(spec.spans) or self.by_word
+        self.phrases = Phrases(spec.phrases, tokenizer) if spec.phrases else None
+        self.offsets = bool(spec.spans) or self.by_word or self.phrases is not None
         if self.offsets and not tokenizer.is_fast:
             raise ValueError("spans and token labels need a fast tokenizer (tokenizer.json), which knows where a token lies in the text")
         if spec.max_length < (needed := tokenizer.num_special_tokens_to_add(pair=self.paired) + 1 + self.paired):
@@ -120,10 +124,13 @@ class _Builder:
             refuse_empty(record, spec)
             return []
         for span in spec.spans:
-            number = next(number for number, item in enumerate(rendered) if span.field in item.starts)
-            shift = rendered[number].starts[span.field] + sum(len(item.text) + len(self.separator) for item in rendered[1:number])
+            segment, shift = self.place(span.field, rendered)
             start, end = spans.characters(span, values[span.field], record.values, record.where)
-            first.spans.append((int(number > 0), shift + start, shift + end))
+            first.spans.append((segment, shift + start, shift + end))
+        if self.phrases is not None:
+            name = next(name for template in self.text for name in template.fields)
+            segment, shift = self.place(name, rendered)
+            first.phrases = segment, self.phrases.ranges(record, len(values[name]), shift)
         texts = [item.text for item in rendered]
         if not choices:
             first.segments = self.segments(texts)
@@ -131,9 +138,14 @@ class _Builder:
             return [first]
         right = self.label(record)
         return [
-            _Input(self.segments([*texts, choice.text]), None if right is None else float(number == right), first.spans)
+            replace(first, segments=self.segments([*texts, choice.text]), label=None if right is None else float(number == right))
             for number, choice in enumerate(choices)
         ]
+
+    def place(self, field: str, rendered: Sequence[Rendered]) -> tuple[int, int]:
+        """Segment of a text field, and the character of it at which the field begins."""
+        number = next(number for number, item in enumerate(rendered) if field in item.starts)
+        return int(number > 0), rendered[number].starts[field] + sum(len(item.text) + len(self.separator) for item in rendered[1:number])
 
     def segments(self, texts: list[str]) -> list[str]:
         return [texts[0], self.separator.join(texts[1:])] if self.paired else texts
@@ -170,15 +182,18 @@ class _Builder:
         draft = Draft(record, part, ids, np.array(added, bool), label=item.label)
         if "token_type_ids" in encoding:
             draft.segments = np.array(encoding["token_type_ids"][row], np.uint8)
+        if self.phrases is not None:
+            found = self.phrases(item.segments, encoding, row, *item.phrases)
+            draft.phrases = numbered(np.pad(found, (0, len(ids) - len(found))))
         if self.offsets:
             offsets, segments = encoding["offset_mapping"][row], encoding.sequence_ids(row)
             for segment, start, end in item.spans:
-                found = spans.tokens(offsets, segments, segment, start, end)
-                if found is None:
+                marked = spans.tokens(offsets, segments, segment, start, end)
+                if marked is None:
                     raise ValueError(
                         f"{record.where}: a span lies beyond max_length {self.spec.max_length}; raise it, or leave the record out"
                     )
-                draft.spans.append(found)
+                draft.spans.append(marked)
             if self.by_word:
                 draft.token_labels = np.full(len(ids), IGNORED, np.int32)
                 for token, number in zip(spans.first_tokens(offsets, item.words), item.classes, strict=True):

@@ -52,12 +52,16 @@ def class_numbers(classes: tuple[int | str, ...]) -> dict[Hashable, int]:
     return numbers
 
 
-def class_number(value: object, numbers: dict[Hashable, int], column: str, where: str) -> int:
-    """Position of the class ``value``; ``ValueError`` naming ``where`` if it is none of them."""
+def class_number(value: object, numbers: dict[Hashable, int], column: str, where: str, kind: str = "label") -> int:
+    """Position of the class ``value``; ``ValueError`` naming ``where`` if it is none of them.
+
+    Args:
+        kind: What a class is called in the message.
+    """
     number = numbers.get(value) if isinstance(value, Hashable) else None
     if number is None:
         known = ", ".join(dict.fromkeys(map(str, numbers)))
-        raise ValueError(f"{where}: column {column!r} holds the label {value!r}; expected one of {known}")
+        raise ValueError(f"{where}: column {column!r} holds the {kind} {value!r}; expected one of {known}")
     return number
 
 

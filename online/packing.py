@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from online.corpus import Record
 from online.drafts import Draft
 from online.examples import BATCH_RECORDS, refuse_empty, text_of
+from online.phrases import Numbers, Phrases, joined, spread
 from online.templates import Template
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ class Wrapping(NamedTuple):
         return np.concatenate([self.prefix, content, self.suffix]), added
 
 
-def split(record: Record, content: Ids, wrapping: Wrapping, max_length: int) -> Iterator[Draft]:
-    """Cut ``content`` every ``max_length`` minus special tokens; the last part holds what is left."""
+def split(record: Record, content: Ids, wrapping: Wrapping, max_length: int, phrases: Numbers | None = None) -> Iterator[Draft]:
+    """Cut ``content`` and its ``phrases`` every ``max_length`` minus special tokens; the last part holds what is left."""
     room = max_length - wrapping.length
     for part, start in enumerate(range(0, len(content), room)):
         ids, added = wrapping.wrap(content[start : start + room])
-        yield Draft(record, part, ids, added)
+        yield Draft(record, part, ids, added, phrases=None if phrases is None else spread(phrases[start : start + room], added))
 
 
 class Packer:
@@ -58,11 +59,12 @@ class Packer:
     def __init__(self, wrapping: Wrapping, max_length: int) -> None:
         self.wrapping, self.max_length = wrapping, max_length
         self._pieces: list[tuple[Ids, NDArray[np.bool_]]] = []
+        self._phrases: list[NDArray[np.uint16]] = []
         self._used = 0
         self._first: tuple[Record, int] | None = None
 
-    def add(self, record: Record, content: Ids) -> Iterator[Draft]:
-        """Pack one document; yields the rows that it fills."""
+    def add(self, record: Record, content: Ids, phrases: Numbers | None = None) -> Iterator[Draft]:
+        """Pack one document, with the phrases of its tokens; yields the rows that it fills."""
         start = part = 0
         while start < len(content):
             room = self.max_length - self._used - self.wrapping.length
@@ -74,6 +76,8 @@ class Packer:
                 part += 1
             ids, added = self.wrapping.wrap(content[start : start + room])
             self._pieces.append((ids, added))
+            if phrases is not None:
+                self._phrases.append(spread(phrases[start : start + room], added))
             self._used += len(ids)
             start += room
         if self._used == self.max_length:
@@ -86,12 +90,12 @@ class Packer:
         ids, added = (np.concatenate(column) for column in zip(*self._pieces, strict=True))
         documents = np.repeat(np.arange(len(self._pieces), dtype=np.uint16), [len(piece) for piece, _ in self._pieces])
         record, part = self._first
-        yield Draft(record, part, ids, added, documents=documents)
-        self._pieces, self._used, self._first = [], 0, None
+        yield Draft(record, part, ids, added, documents=documents, phrases=joined(self._phrases) if self._phrases else None)
+        self._pieces, self._phrases, self._used, self._first = [], [], 0, None
 
 
 def documents(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Draft]]:
-    """The rows of all documents, each a group of its own. Splits are packed apart.
+    """The rows of all documents, each a group of its own. Splits and domains are packed apart.
 
     Raises:
         ValueError: an empty text; names file and record.
@@ -99,12 +103,13 @@ def documents(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrained
     wrapping = _wrapping(tokenizer)
     if spec.max_length <= wrapping.length:
         raise ValueError(f"max_length {spec.max_length} leaves no room for text: expected at least {wrapping.length + 1}")
-    packers: dict[str, Packer] = {}
-    for record, content in _contents(records, spec, tokenizer, wrapping):
+    packers: dict[tuple[str, int | None], Packer] = {}
+    for record, content, phrases in _contents(records, spec, tokenizer, wrapping):
         if spec.long == "split":
-            drafts = split(record, content, wrapping, spec.max_length)
+            drafts = split(record, content, wrapping, spec.max_length, phrases)
         else:
-            drafts = packers.setdefault(record.split, Packer(wrapping, spec.max_length)).add(record, content)
+            packer = packers.setdefault((record.split, record.domain), Packer(wrapping, spec.max_length))
+            drafts = packer.add(record, content, phrases)
         yield from ([draft] for draft in drafts)
     for packer in packers.values():
         yield from ([draft] for draft in packer.flush())
@@ -112,23 +117,35 @@ def documents(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrained
 
 def _contents(
     records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrainedTokenizerBase, wrapping: Wrapping
-) -> Iterator[tuple[Record, Ids]]:
-    """Each document that is not skipped, as tokens without special tokens around it."""
+) -> Iterator[tuple[Record, Ids, Numbers | None]]:
+    """Each document that is not skipped, as tokens without special tokens around it, and which phrase each belongs to."""
     template = Template(spec.text[0])
+    phrases = Phrases(spec.phrases, tokenizer) if spec.phrases else None
     ending = tokenizer.eos_token_id if spec.objective == "causal" else None
     if ending in wrapping.suffix:
         ending = None
     stream = iter(records)
     while batch := list(islice(stream, BATCH_RECORDS)):
         rendered = [template.render({name: text_of(record, name) for name in template.fields}) for record in batch]
-        encoded = tokenizer([item.text for item in rendered], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        for record, item, ids in zip(batch, rendered, encoded, strict=True):
+        encoding = tokenizer(
+            [item.text for item in rendered],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=phrases is not None,
+            verbose=False,
+        )
+        for row, (record, item, ids) in enumerate(zip(batch, rendered, encoding["input_ids"], strict=True)):
             if item.empty or not ids:
                 refuse_empty(record, spec)
-            else:
-                yield record, np.array(ids if ending is None else [*ids, ending], np.int32)
+                continue
+            ids = ids if ending is None else [*ids, ending]
+            found = None
+            if phrases is not None:
+                name = template.fields[0]
+                of_column = phrases.ranges(record, len(text_of(record, name)), item.starts[name])
+                numbers = phrases([item.text], encoding, row, 0, of_column)
+                found = np.pad(numbers, (0, len(ids) - len(numbers)))
+            yield record, np.array(ids, np.int32), found
 
 
 def _wrapping(tokenizer: PreTrainedTokenizerBase) -> Wrapping:

@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from online.batch import BUCKET
 from online.corpus import Record, SourceSpec, read_records
+from online.domains import DomainSpec, with_domains
 from online.drafts import Draft
 from online.examples import examples
 from online.fingerprints import tokenizer_fingerprint
 from online.labels import LabelSpec
 from online.masking import Ids, mask_tokens
 from online.packing import documents
+from online.phrases import PhraseSpec
 from online.spans import SpanSpec
 from online.templates import Template
 from store.building import RowWriter
@@ -53,6 +55,10 @@ class RowsSpec(Strict):
     """Column; consecutive records of one source with one value are read together (MultiRC: the question)."""
     spans: tuple[SpanSpec, ...] = ()
     """Marked stretches of text that metrics need."""
+    domain: DomainSpec | None = None
+    """The domain of a record, for methods that treat domains apart."""
+    phrases: PhraseSpec | None = None
+    """Which tokens make a phrase, for methods that compare phrases."""
     max_length: int = Field(default=128, ge=2)
     """Longest row in tokens, special tokens included."""
     long: Literal["truncate", "split", "pack"] = "truncate"
@@ -106,6 +112,10 @@ class RowsSpec(Strict):
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
         yield bool(self.choices) and self.group is not None, "group: the choices of a record already are a group"
+        in_all = [*fields, *(name for choice in self.choices for name in Template(choice).fields)]
+        by_column = self.phrases is not None and self.phrases.column is not None
+        yield by_column and len(in_all) != 1, f"phrases: column takes one text field that is used once, found {', '.join(in_all)}"
+        yield self.phrases is not None and self.max_length >= 1 << 16, "phrases: expected a max_length up to 65535"
         for span in self.spans:
             yield span.field not in fields, f"spans: no text template uses the field {span.field!r}"
         if self.label is None:
@@ -125,6 +135,8 @@ class RowsSpec(Strict):
         used += [name for span in self.spans for name in span.columns]
         used += [self.label.column] if self.label else []
         used += [self.group] if self.group else []
+        used += [self.domain.column] if self.domain else []
+        used += [self.phrases.column] if self.phrases and self.phrases.column else []
         return tuple(dict.fromkeys(used))
 
     @property
@@ -158,6 +170,7 @@ def iter_groups(
     for number_of_copy in range(spec.copies):
         records = read_records(spec.sources, spec.columns, digest=digest if number_of_copy == 0 else None, read_rows=read_rows)
         records = (_held_out(record, spec) for record in records)
+        records = with_domains(records, spec.domain) if spec.domain else records
         drafted = examples(records, spec, tokenizer) if spec.long == "truncate" else documents(records, spec, tokenizer)
         for drafts in drafted:
             group = next(number)
@@ -204,6 +217,7 @@ def _fill(writer: RowWriter, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase,
         building=building_fingerprint(spec),
         options=spec.model_dump(mode="json"),
         made=made,
+        domains=spec.domain.classes if spec.domain else (),
     )
 
 
@@ -217,7 +231,8 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
-    options = spec.model_dump(mode="json", exclude={"sources"})
+    later = {name for name in ("domain", "phrases") if getattr(spec, name) is None}  # rows without them are as they always were
+    options = spec.model_dump(mode="json", exclude={"sources", *later})
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 
 
@@ -272,6 +287,8 @@ class _Finish:
             record=draft.record.number,
             part=draft.part,
             spans=draft.spans,
+            domain=draft.record.domain,
+            phrases=draft.phrases,
         )
 
     def masked(self, draft: Draft, number_of_copy: int) -> tuple[Ids, Ids]:

@@ -60,8 +60,12 @@ def _row(store: Store, tokenizer: PreTrainedTokenizerBase | None, answers: dict[
     ids = store.tokens("input_ids", np.array([row]))
     label = _label(float(table.label_at(np.array([row]))[0]), store.manifest.rows.task)
     copy = f", masking {about['copy']}" if store.manifest.rows.copies > 1 else ""
+    if names := store.manifest.rows.domains:
+        label += f" ── domain {names[int(table.domain_at(np.array([row]))[0])]}"
     yield f"── row {row} ── {about['split']}{copy} ── {Path(about['source']).name}, record {about['record']} ── {len(ids)} tokens{label}"
     yield from _wrapped(str(tokenizer.decode(ids)) if tokenizer else "ids " + " ".join(map(str, ids)))
+    if any(array.name == "phrases" for array in store.manifest.rows.token_arrays):
+        yield from _wrapped("phrases: " + _phrases(ids, store.tokens("phrases", np.array([row])), tokenizer))
     for name, of_pass in answers.items():
         if int(table.at(np.array([row])).slot[0]) not in store.committed(name):
             yield f"  {name}: not answered yet"
@@ -77,6 +81,13 @@ def _label(label: float, task: Task) -> str:
         return f" ── score {label:g}"
     named = task.classes and 0 <= int(label) < len(task.classes)
     return f" ── label {task.classes[int(label)] if named else int(label)}"
+
+
+def _phrases(ids: NDArray[np.int32], phrases: NDArray[np.uint16], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Each phrase in brackets."""
+    found = (ids[phrases == number] for number in range(1, int(phrases.max()) + 1))
+    texts = [str(tokenizer.decode(some)).strip() if tokenizer else " ".join(map(str, some)) for some in found]
+    return " ".join(f"[{text}]" for text in texts) or "none"
 
 
 def _wrapped(text: str) -> Iterator[str]:

@@ -44,6 +44,8 @@ def _rows(rows: RowsInfo) -> Iterator[str]:
     classes = f" of {', '.join(rows.task.classes)}" if rows.task.classes else ""
     copies = f", {rows.copies} maskings" if rows.copies > 1 else ""
     yield f"rows: {describe_rows(rows)}; {rows.objective} objective{copies}, {task}{classes}"
+    if rows.domains:
+        yield f"  domains: {', '.join(rows.domains)}"
     taken = dict.fromkeys(origin.taken for origin in rows.origins if origin.taken)
     if len(rows.origins) > 1 or taken:
         some = f", of which only some were taken: {'; '.join(taken)}" if taken else ""
