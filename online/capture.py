@@ -58,8 +58,10 @@ class Capture:
         try:
             for site in sorted({site for key in self._keys for site in _sources(key)}):
                 self._hook(site)
-            if (head := self._loaded.word_head) is not None:
-                self._handles.append(head.register_forward_pre_hook(self._feed_nothing))
+            if self._loaded.word_head is not None:
+                module, takes_in = _before_words(self._loaded)
+                feed = module.register_forward_pre_hook(self._feed_nothing) if takes_in else module.register_forward_hook(_nothing)
+                self._handles.append(feed)
         except BaseException:
             self._remove()
             raise
@@ -205,15 +207,26 @@ def _tap(loaded: LoadedModel, site: Site) -> tuple[nn.Module, bool, Callable[[ob
         assert family.final_norm is not None
         return submodule(loaded.body, family.final_norm), False, _itself
     if name == "head_input":
-        head = loaded.word_head
-        assert head is not None
-        return head, True, _itself
+        return *_before_words(loaded), _itself
     assert name == "task_logits", name
     score = getattr(loaded.model, "score", None)
     if loaded.shape.head == "classification" and loaded.shape.causal and isinstance(score, nn.Module):
         # decoders score every token; transformers finds the last one by its id, which may also end a row's text
         return score, False, _itself
     return loaded.model, False, lambda output: output.logits
+
+
+def _before_words(loaded: LoadedModel) -> tuple[nn.Module, bool]:
+    """The module where the head's input is met while the model runs, and whether it takes that in rather than gives it out."""
+    family, head = loaded.family, loaded.word_head
+    if family.head_rest is not None and family.transform is not None:  # narrow_head: what stands for the head is no part of the model
+        return submodule(loaded.model, family.transform[1]), False
+    assert head is not None
+    return head, True
+
+
+def _nothing(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output[:, :0]
 
 
 def _itself(value: object) -> object:

@@ -85,10 +85,13 @@ def _capped(x: Tensor, cap: float | None) -> Tensor:
 
 
 def normed(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Norm over the last dimension: ``layer``, ``rms``, or ``rms_one`` that multiplies by 1 + weight."""
+    """Norm over the last dimension: ``layer``, ``rms``, ``rms_one`` that multiplies by 1 + weight, or ``affine`` without statistics."""
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     assert weight is not None
+    if kind == "affine":
+        assert bias is not None
+        return x * weight + bias
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1 + weight if kind == "rms_one" else weight)
 
 
@@ -131,6 +134,14 @@ def _normed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Ten
     assert context.wiring.norm is not None
     weight, bias = context.statics[f"{name}.weight"], context.statics.get(f"{name}.bias")
     return normed(sources[0], context.wiring.norm, weight, bias, context.wiring.norm_eps)
+
+
+def _squeezed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
+    """A hidden state behind a bottleneck: linear layer, norm."""
+    wiring, name = context.wiring, f"{key.layer}.bottleneck"
+    assert wiring.bottleneck_norm is not None
+    weight, bias = context.statics[f"{name}_norm.weight"], context.statics.get(f"{name}_norm.bias")
+    return normed(context.linear(sources[0], name), wiring.bottleneck_norm, weight, bias, wiring.bottleneck_norm_eps)
 
 
 def _projected(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
@@ -177,13 +188,29 @@ class Derivation:
 
 DERIVATIONS: dict[str, tuple[Derivation, ...]] = {
     "hidden": (
-        Derivation(("input.{after}",), (), _same, lambda i, shape, wiring: i < shape.layers and not has_norm(i + 1, shape, wiring)),
+        Derivation(
+            ("input.{after}",),
+            (),
+            _same,
+            lambda i, shape, wiring: i < shape.layers and not shape.bottleneck and not has_norm(i + 1, shape, wiring),
+        ),
         Derivation(("final",), (), _same, lambda i, shape, wiring: i == shape.layers and wiring.norm is None),
     ),
-    "input": (Derivation(("hidden.{before}",), ("{i}.norm.weight",), _normed),),
+    "input": (
+        Derivation(("hidden.{before}",), ("{i}.norm.weight",), _normed, lambda i, shape, wiring: not shape.bottleneck),
+        Derivation(
+            ("hidden.{before}",),
+            ("{i}.bottleneck.weight", "{i}.bottleneck_norm.weight"),
+            _squeezed,
+            lambda i, shape, wiring: shape.bottleneck > 0,
+        ),
+    ),
     "query": (Derivation(("input.{i}",), ("{i}.query.weight",), _projected),),
     "key": (Derivation(("input.{i}",), ("{i}.key.weight",), _projected),),
-    "value": (Derivation(("input.{i}",), ("{i}.value.weight",), _projected),),
+    "value": (
+        Derivation(("input.{i}",), ("{i}.value.weight",), _projected, lambda i, shape, wiring: not _past_bottleneck(shape, wiring)),
+        Derivation(("hidden.{before}",), ("{i}.value.weight",), _projected, lambda i, shape, wiring: _past_bottleneck(shape, wiring)),
+    ),
     "attention_scores": (
         Derivation(
             ("query.{i}", "key.{i}"),
@@ -202,6 +229,11 @@ DERIVATIONS: dict[str, tuple[Derivation, ...]] = {
 }
 
 
+def _past_bottleneck(shape: ModelShape, wiring: Wiring) -> bool:
+    """Whether values are projected from hidden states while queries and keys are from a bottleneck behind these."""
+    return shape.bottleneck > 0 and not wiring.bottleneck_values
+
+
 def has_norm(block: int, shape: ModelShape, wiring: Wiring) -> bool:
     """Whether a norm stands in front of the projections of ``block``, counted from 1."""
     return shape.pre_norm and (wiring.first_norm or block > 1)
@@ -212,6 +244,8 @@ def has_static(name: str, shape: ModelShape, wiring: Wiring) -> bool:
     block, _, part = name.removesuffix(".weight").rpartition(".")
     optional = {
         "norm": bool(block) and has_norm(int(block), shape, wiring),
+        "bottleneck": wiring.bottleneck_norm is not None,
+        "bottleneck_norm": wiring.bottleneck_norm is not None,
         "query_norm": wiring.head_norm is not None,
         "key_norm": wiring.head_norm is not None,
         "rotary": wiring.rotary,

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from online.bottleneck import Bottleneck, mobilebert_bottleneck
 from store.shape import Head, ModelShape, Wiring
 
 ENCODER_HEADS: tuple[Head, ...] = ("base", "masked_lm", "classification", "token_classification", "multiple_choice")
@@ -44,6 +45,8 @@ class Family:
     projections: tuple[str, ...]
     """Query, key and value projections in a block, or the one module that fuses them in this order."""
     heads: tuple[Head, ...]
+    attention_output: str = ""
+    """Dense layer in a block that puts what the heads found back into the hidden state."""
     causal: bool = False
     norm: str | None = None
     """Norm in front of the projections (pre-norm models)."""
@@ -61,6 +64,14 @@ class Family:
     windows: Callable[[PreTrainedConfig], tuple[int | None, ...]] = no_windows
     segments: bool = False
     """Whether the model has token-type embeddings."""
+    trigrams: Callable[[PreTrainedConfig], bool] = lambda config: False
+    """Whether the embedding of a token is made of its neighbours' too."""
+    bottleneck: Callable[[PreTrainedConfig], Bottleneck | None] = lambda config: None
+    """What stands in front of the projections (post-norm models)."""
+    head_rest: str | None = None
+    """Linear layer that holds what a narrow word embedding lacks of the language-model head, [width - embedding, vocab]."""
+    computed: tuple[str, ...] = ()
+    """Entries of a configuration that transformers computes from others and, once there, does not compute anew."""
     positions_after_padding: bool = False
     """Learned positions start at pad_token_id + 1 (RoBERTa)."""
     score_cap: str | None = None
@@ -83,6 +94,7 @@ _ROBERTA = Family(
     block="encoder.layer.{i}",
     projections=_BERT_PROJECTIONS,
     heads=ENCODER_HEADS,
+    attention_output="attention.output.dense",
     transform=("lm_head.dense", "lm_head.layer_norm"),
     activation=lambda config: "gelu",
     segments=True,
@@ -95,6 +107,7 @@ FAMILIES: dict[str, Family] = {
         block="encoder.layer.{i}",
         projections=_BERT_PROJECTIONS,
         heads=ENCODER_HEADS,
+        attention_output="attention.output.dense",
         transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         activation=lambda config: config.hidden_act,
         segments=True,
@@ -106,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         block="transformer.layer.{i}",
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         heads=ENCODER_HEADS,
+        attention_output="attention.out_lin",
         transform=("vocab_transform", "vocab_layer_norm"),
         activation=lambda config: config.activation,
         split=(("attention.q_lin", "attention.k_lin", "attention.v_lin", "ffn.lin1"), ("attention.out_lin", "ffn.lin2")),
@@ -114,6 +128,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=("attn.Wqkv",),
         heads=ENCODER_HEADS,
+        attention_output="attn.Wo",
         norm="attn_norm",  # an identity in the first block
         norm_kind="layer",
         final_norm="final_norm",
@@ -122,10 +137,24 @@ FAMILIES: dict[str, Family] = {
         activation=lambda config: config.classifier_activation,
         windows=typed_windows,
     ),
+    "mobilebert": Family(
+        block="encoder.layer.{i}",
+        projections=_BERT_PROJECTIONS,
+        heads=ENCODER_HEADS,
+        attention_output="attention.output.dense",
+        transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+        activation=lambda config: config.hidden_act,
+        segments=True,
+        trigrams=lambda config: config.trigram_input,
+        bottleneck=mobilebert_bottleneck,
+        head_rest="cls.predictions.dense",
+        computed=("true_hidden_size",),
+    ),
     "gpt2": Family(
         block="h.{i}",
         projections=("attn.c_attn",),
         heads=DECODER_HEADS,
+        attention_output="attn.c_proj",
         causal=True,
         norm="ln_1",
         norm_kind="layer",
@@ -135,6 +164,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms",
@@ -145,6 +175,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms",
@@ -156,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms",
@@ -167,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms",
@@ -179,6 +212,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms_one",
@@ -189,6 +223,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=DECODER_HEADS,
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms_one",
@@ -202,6 +237,7 @@ FAMILIES: dict[str, Family] = {
         block="layers.{i}",
         projections=_LLAMA_PROJECTIONS,
         heads=("base", "causal_lm", "classification"),
+        attention_output="self_attn.o_proj",
         causal=True,
         norm="input_layernorm",
         norm_kind="rms_one",
@@ -249,9 +285,15 @@ def read_wiring(model: PreTrainedModel, family: Family, shape: ModelShape) -> Wi
     attention = [submodule(block, family.projections[0].rpartition(".")[0]) for block in blocks]
     rotary = None if family.rotary is None else submodule(body, family.rotary)
     transform = family.transform if shape.head == "masked_lm" else None
+    bottleneck = family.bottleneck(config)
+    behind = None if bottleneck is None else submodule(blocks[0], f"{bottleneck.path}.LayerNorm")
+    scales = behind is not None and not isinstance(behind, nn.LayerNorm)  # transformers' NoNorm, which has no epsilon
     return Wiring(
         norm=family.norm_kind,
         norm_eps=0.0 if family.final_norm is None else _epsilon(submodule(body, family.final_norm)),
+        bottleneck_norm=None if behind is None else "affine" if scales else "layer",
+        bottleneck_norm_eps=0.0 if behind is None or scales else _epsilon(behind),
+        bottleneck_values=bottleneck is not None and bottleneck.values,
         first_norm=family.norm is None or not isinstance(submodule(blocks[0], family.norm), nn.Identity),
         attention_scale=tuple(float(getattr(module, "scaling", shape.head_width**-0.5)) for module in attention),
         score_cap=getattr(config, family.score_cap) if family.score_cap else None,

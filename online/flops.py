@@ -55,10 +55,12 @@ def forward_flops(
     loaded = LoadedModel.of(model, head, custom=custom)
     blocks = sum(_weights(loaded.block(layer)) for layer in range(1, shape.layers + 1))
     words = 0 if loaded.word_head is None else _weights(loaded.word_head)
-    rest = _weights(model) - blocks - words
+    embeddings = getattr(loaded.body, "embeddings", None)  # MobileBERT's hold a linear layer
+    of_each_token = 0 if custom is not None or embeddings is None else _weights(embeddings)
+    rest = _weights(model) - blocks - words - of_each_token
     of_rows = head not in LM_HEADS and head != "token_classification" and not shape.causal  # decoders score each token
     return ForwardFlops(
-        token=2 * (blocks + (0 if of_rows else rest)),
+        token=2 * (blocks + of_each_token + (0 if of_rows else rest)),
         pair=4 * shape.layers * (shape.heads * shape.head_width or shape.width),
         row=2 * rest if of_rows else 0,
         word=2 * words,

@@ -4,6 +4,7 @@ Shapes: B rows, T padded tokens.
 """
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,9 +33,11 @@ from online.batch import Batch
 from online.families import FAMILIES, Family, attention_implementation, read_wiring, submodule, typed_windows
 from online.fingerprints import weights_fingerprint
 from online.masks import document_masks, token_positions
+from online.narrow_head import NarrowHead
 from online.quiet import quiet
 from online.ranks import talking
 from online.sharding import Sharding, ShardingError, Weights, Whole, loader
+from online.trigrams import empty_padding
 from store.shape import Head, ModelShape, Wiring
 from store.strict import Strict, did_you_mean
 
@@ -132,14 +135,15 @@ class LoadedModel:
 
     @property
     def word_head(self) -> nn.Module | None:
-        """The linear layer that yields word logits, or None."""
+        """The linear layer that yields word logits, or one that stands for it (narrow_head); None without."""
         if self.shape.head not in LM_HEADS:
             return None
         if self.custom is not None and self.custom.head is not None:
             return submodule(self.model, self.custom.head)
         head = self.model.get_output_embeddings()
         assert head is None or isinstance(head, nn.Module)
-        return head
+        rest = self.family.head_rest
+        return head if head is None or rest is None else NarrowHead(head, submodule(self.model, rest), self.weights)
 
 
 def load_model(
@@ -258,7 +262,7 @@ def model_shape(config: PreTrainedConfig, head: Head, custom: CustomModules | No
     bidirectional = bool(getattr(config, "use_bidirectional_attention", False)) or not getattr(config, "is_causal", True)
     if family.causal and bidirectional and not family.may_be_bidirectional:
         raise ValueError(f"{config.model_type} with bidirectional attention is not supported")
-    heads = config.num_attention_heads
+    heads, bottleneck = config.num_attention_heads, family.bottleneck(config)
     return ModelShape(
         family=config.model_type,
         head=head,
@@ -266,10 +270,11 @@ def model_shape(config: PreTrainedConfig, head: Head, custom: CustomModules | No
         width=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_width=getattr(config, "head_dim", None) or (bottleneck.width if bottleneck else config.hidden_size) // heads,
         vocab=vocab,
         labels=labels,
         causal=family.causal and not bidirectional,
+        bottleneck=bottleneck.width if bottleneck else 0,
         pre_norm=family.norm is not None,
         windows=family.windows(config),
     )
@@ -296,7 +301,7 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     documents see only themselves.
 
     Raises:
-        ValueError: packed documents for a head that answers for whole rows, or for a custom architecture.
+        ValueError: packed documents for a head that answers for whole rows, for trigrams, or for a custom architecture.
     """
     model, family, custom = loaded.model, loaded.family, loaded.custom is not None
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
@@ -318,7 +323,9 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     if loaded.shape.head == "multiple_choice":  # a row is one choice: [B, 1, T]; position ids are not unfolded by every family
         for name in inputs.keys() & {"input_ids", "attention_mask", "token_type_ids"}:
             inputs[name] = inputs[name].unsqueeze(1)
-    output = model(**inputs)
+    mixes = not custom and family.trigrams(model.config)
+    with empty_padding(model, batch) if mixes else nullcontext():
+        output = model(**inputs)
     assert isinstance(output, ModelOutput)
     return output
 

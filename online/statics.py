@@ -10,7 +10,8 @@ from online.families import submodule
 from online.models import LoadedModel
 
 _NAME = re.compile(
-    r"(?P<layer>[1-9]\d*)\.(?:(?P<projection>query|key|value)\.(?P<part>weight|bias)|norm\.(?P<norm>weight|bias)"
+    r"(?P<layer>[1-9]\d*)\.(?:(?P<projection>query|key|value)\.(?P<part>weight|bias)"
+    r"|(?P<front>norm|bottleneck|bottleneck_norm)\.(?P<of_front>weight|bias)"
     r"|(?P<head_norm>query|key)_norm\.weight|(?P<rotary>rotary))|(?P<model>final_norm|transform|transform_norm|head)\.(?P<of_model>weight|bias)"
 )
 _PROJECTIONS = ("query", "key", "value")
@@ -44,12 +45,21 @@ def _static(loaded: LoadedModel, name: str) -> Tensor | None:
     block = loaded.block(layer)
     if match["projection"]:
         return _projection(loaded, block, match["projection"], match["part"])
-    if match["norm"]:
-        return None if family.norm is None else _parameter(loaded, submodule(block, family.norm), match["norm"])
+    if match["front"]:
+        path = _front(loaded, match["front"])
+        return None if path is None else _parameter(loaded, submodule(block, path), match["of_front"])
     if match["head_norm"]:
         path = None if family.head_norms is None else family.head_norms[_PROJECTIONS.index(match["head_norm"])]
         return None if path is None else _parameter(loaded, submodule(block, path), "weight")
     return _rotary(loaded, layer)
+
+
+def _front(loaded: LoadedModel, name: str) -> str | None:
+    """Where a block keeps the module ``name`` that stands in front of its projections; None where it has none."""
+    if name == "norm":
+        return loaded.family.norm
+    bottleneck = loaded.family.bottleneck(loaded.model.config)
+    return None if bottleneck is None else f"{bottleneck.path}.{'dense' if name == 'bottleneck' else 'LayerNorm'}"
 
 
 def _of_model(loaded: LoadedModel, name: str) -> nn.Module | None:

@@ -53,13 +53,18 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
     """Refuse a model whose heads cannot be dealt out to ``size`` ranks.
 
     Raises:
-        ShardingError: one matrix for query, key and value, or numbers of heads that ``size`` does not divide.
+        ShardingError: one matrix for query, key and value, two for words, or numbers of heads that ``size`` does not divide.
     """
     family = FAMILIES.get(config.model_type)
     if family is not None and len(family.projections) == 1:
         raise ShardingError(
             f"{config.model_type} keeps query, key and value in one matrix, which tensor parallelism cannot deal out by heads; "
             "expected sharding.kind zero3 or fsdp"
+        )
+    if family is not None and family.head_rest is not None:
+        raise ShardingError(
+            f"{config.model_type} multiplies words with two matrices at once, for which tensor parallelism has no plan; expected "
+            "sharding.kind zero3 or fsdp"
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)

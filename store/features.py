@@ -15,7 +15,7 @@ from store.strict import Many, Strict, did_you_mean
 SITES: dict[str, str] = {
     "hidden": "output of block i; hidden.0 is the embedding output",
     "final": "after the last norm",
-    "input": "the tensor that enters block i's query, key and value projections",
+    "input": "the tensor that enters block i's query and key projections, and with few exceptions (MobileBERT) the value projection",
     "query": "query projection output of block i, before rotary embedding and query norm",
     "key": "key projection output of block i, before rotary embedding and key norm",
     "value": "value projection output of block i",

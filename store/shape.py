@@ -29,6 +29,8 @@ class ModelShape(Strict):
     labels: Size = 0
     """Outputs of the task head; 0 without one."""
     causal: bool
+    bottleneck: Size = 0
+    """Width of what enters the query and key projections where that is neither a hidden state nor its norm (MobileBERT); 0 elsewhere."""
     pre_norm: bool
     windows: tuple[int | None, ...]
     """Per block: how many tokens attention looks back (causal) or to each side (bidirectional, half the width); None is unlimited."""
@@ -40,7 +42,7 @@ class ModelShape(Strict):
         widths = {
             "hidden": self.width,
             "final": self.width,
-            "input": self.width,
+            "input": self.bottleneck or self.width,
             "query": self.heads * self.head_width,
             "key": self.kv_heads * self.head_width,
             "value": self.kv_heads * self.head_width,
@@ -59,6 +61,11 @@ class Wiring(Strict):
     norm_eps: float = 0.0
     first_norm: bool = True
     """Whether the first pre-norm block has a norm in front of its projections (ModernBERT's has none)."""
+    bottleneck_norm: Literal["layer", "affine"] | None = None
+    """Norm behind the linear layer of a bottleneck; ``affine`` has no statistics (MobileBERT's NoNorm). None without a bottleneck."""
+    bottleneck_norm_eps: float = 0.0
+    bottleneck_values: bool = False
+    """Whether the value projection reads the bottleneck too, and not the hidden state in front of it."""
     attention_scale: tuple[float, ...] = ()
     """Per block, multiplies query * key."""
     score_cap: float | None = None
@@ -81,6 +88,7 @@ class Wiring(Strict):
 STATICS: dict[str, str] = {
     "{i}.{query,key,value}.{weight,bias}": "projections of block i, [out, in] and [out]",
     "{i}.norm.{weight,bias}": "norm in front of them (pre-norm models)",
+    "{i}.bottleneck.{weight,bias}, {i}.bottleneck_norm.{weight,bias}": "bottleneck in front of them, [bottleneck, width], and its norm",
     "{i}.{query,key}_norm.weight": "norm over each head",
     "{i}.rotary": "inverse frequencies of block i, [head_width / 2]",
     "final_norm.{weight,bias}": "norm after the last block",

@@ -105,8 +105,9 @@ class Sketch:
 
     @property
     def tied(self) -> bool:
-        """Whether the word embedding is the head."""
-        return self.teacher.loaded.word_head is not None and len(self._words) == 1
+        """Whether the word embedding is the head, or part of it."""
+        head = self.teacher.loaded.word_head
+        return head is not None and any(weight is self._words[0] for weight in head.parameters())
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -115,10 +116,10 @@ class Sketch:
 
     @property
     def _words(self) -> list[Tensor]:
-        """The weights of word embedding and head, each once."""
+        """The weights of word embedding and head, each once; biases left out."""
         modules = (self.teacher.loaded.model.get_input_embeddings(), self.teacher.loaded.word_head)
-        weights = (getattr(module, "weight", None) for module in modules)
-        return list({id(weight): weight for weight in weights if isinstance(weight, Tensor)}.values())
+        weights = (weight for module in modules if module is not None for weight in module.parameters() if weight.dim() == 2)
+        return list({id(weight): weight for weight in weights}.values())
 
     @cached_property
     def split(self) -> int:

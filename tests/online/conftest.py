@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MobileBertConfig,
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,6 +39,7 @@ _BERT = {"vocab_size": VOCAB, "pad_token_id": PAD, "hidden_size": 32, "num_hidde
          "intermediate_size": 48, "max_position_embeddings": 40}  # fmt: skip
 _LLAMA = {**_BERT, "num_key_value_heads": 2, "head_dim": 12, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": False}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 10}
+_MOBILE = {**_BERT, "embedding_size": 12, "layer_norm_eps": 1e-6}
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -45,6 +47,14 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "roberta": lambda: RobertaConfig(**_BERT, type_vocab_size=1),
     "xlm-roberta": lambda: AutoConfig.for_model("xlm-roberta", **_BERT),
     "distilbert": lambda: DistilBertConfig(vocab_size=VOCAB, pad_token_id=PAD, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=48),
+    "mobilebert": lambda: MobileBertConfig(**_MOBILE, intra_bottleneck_size=16),  # as published: trigrams, shared bottleneck, NoNorm
+    "mobilebert, inverted": lambda: MobileBertConfig(
+        **_MOBILE, intra_bottleneck_size=64, num_feedforward_networks=1, normalization_type="layer_norm", hidden_act="gelu"
+    ),
+    "mobilebert, attention in the bottleneck": lambda: MobileBertConfig(
+        **_MOBILE, intra_bottleneck_size=16, use_bottleneck_attention=True, trigram_input=False
+    ),
+    "mobilebert, no bottleneck": lambda: MobileBertConfig(**_MOBILE, use_bottleneck=False, classifier_activation=False),
     "modernbert": lambda: ModernBertConfig(**_BERT, local_attention=6, norm_bias=True, attention_bias=True, classifier_bias=True),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, pad_token_id=PAD, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=40, scale_attn_by_inverse_layer_idx=True

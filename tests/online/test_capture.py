@@ -49,7 +49,7 @@ def test_a_decoder_classifies_by_the_last_token_even_where_that_is_the_padding_t
 def test_segments_reach_models_that_have_them(tiny_model: Build, lay_out: LayOut) -> None:
     batch = lay_out("right")[0]
     segments = (torch.arange(16) > 3).long().expand(3, 16)
-    for name, differs in (("bert", True), ("roberta", False), ("gpt2", False), ("distilbert", False)):
+    for name, differs in (("bert", True), ("mobilebert", True), ("roberta", False), ("gpt2", False), ("distilbert", False)):
         loaded = LoadedModel.of(tiny_model(name, "base"), "base")
         plain, with_segments = (at(capture(loaded, b, ["final"]), "final") for b in (batch, replace(batch, segments=segments)))
         assert torch.equal(plain, with_segments) != differs, name
@@ -132,7 +132,7 @@ def checkpointed(model: PreTrainedModel, reentrant: bool) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["qwen3", "bert"])
+@pytest.mark.parametrize("name", ["qwen3", "bert", "mobilebert"])
 def test_gradients_are_the_same_under_checkpointing_and_reach_head_norms(name: str, tiny_model: Build, lay_out: LayOut) -> None:
     model, batch = tiny_model(name, "base", "sdpa"), lay_out("right")[0]
     names = ["hidden.2", "value.1", "attention_scores.2", "final"]

@@ -20,13 +20,14 @@ from store.shape import Head
 
 LAYERS = 3
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+NAMES = [*FAMILIES, "mobilebert, inverted", "mobilebert, attention in the bottleneck", "mobilebert, no bottleneck"]
 
 TinyModel = Callable[..., PreTrainedModel]
 LayOut = Callable[[str], tuple[Batch, list[tuple[Tensor, int, slice]]]]
 
 
 def word_head(name: str) -> Head:
-    return "causal_lm" if FAMILIES[name].causal else "masked_lm"
+    return "causal_lm" if FAMILIES[name.partition(",")[0]].causal else "masked_lm"
 
 
 def load(tiny_model: TinyModel, name: str, attention: str = "eager") -> LoadedModel:
@@ -55,11 +56,13 @@ def at(features: Features, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_attention_and_logits_derived_from_stored_features_are_those_of_transformers(
     name: str, kind: str, tiny_model: TinyModel, lay_out: LayOut
 ) -> None:
     eager, loaded = tiny_model(name, word_head(name)), load(tiny_model, name, "eager" if name == "gemma2" else "sdpa")
+    if kind == "packed" and getattr(eager.config, "trigram_input", False):
+        pytest.skip("trigrams would mix the words of neighbouring documents: refused, as test_capture_parity.py shows")
     batch, places = lay_out(kind)
     wanted = keys(
         *(f"{site}.{i}" for i in (1, 2, 3) for site in ("hidden", "attention_probs", "attention_scores")), "hidden.0", "lm_logits"
@@ -79,7 +82,7 @@ def test_attention_and_logits_derived_from_stored_features_are_those_of_transfor
             assert torch.equal(scores_HTT == torch.finfo(torch.float32).min, probs_HTT == 0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_site_and_choice_of_tokens_derives_to_what_is_captured(name: str, tiny_model: TinyModel, lay_out: LayOut) -> None:
     loaded, (batch, _) = load(tiny_model, name), lay_out("right")
     sites = [f"{site}.{i}" for i in (1, 2, 3) for site in ("input", "query", "key", "value")] + [

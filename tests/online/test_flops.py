@@ -14,7 +14,8 @@ from online.models import LM_HEADS, LoadedModel, forward
 from store.features import FeatureKey
 from store.shape import Head
 
-FAMILIES = ("bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ENCODERS = ("bert", "roberta", "distilbert", "mobilebert", "mobilebert, inverted", "modernbert")
+FAMILIES = (*ENCODERS, "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def batch_of(rows: int, length: int, labelled: int) -> Batch:
@@ -40,7 +41,7 @@ def counted(loaded: LoadedModel, batch: Batch, keys: list[FeatureKey]) -> int:
 def test_operations_are_those_that_torch_counts(name: str, head: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     if (name, head) == ("gemma3_text", "classification"):
         pytest.skip("transformers has this head for the multimodal model only")
-    decoder = name not in ("bert", "roberta", "distilbert", "modernbert")
+    decoder = name not in ENCODERS
     kind: Head = ("causal_lm" if decoder else "masked_lm") if head == "lm" else head  # type: ignore[assignment]
     model = tiny_model(name, kind)
     loaded = LoadedModel.of(model, kind)

@@ -22,6 +22,8 @@ EQUAL: list[tuple[str, Head, Head, str]] = [
     ("bert", "masked_lm", "base", "float32"),
     ("roberta", "classification", "classification", "float32"),
     ("distilbert", "multiple_choice", "multiple_choice", "float32"),
+    ("mobilebert", "masked_lm", "masked_lm", "float32"),
+    ("mobilebert, inverted", "masked_lm", "base", "float32"),
     ("modernbert", "token_classification", "token_classification", "float32"),
     ("gpt2", "causal_lm", "causal_lm", "float32"),
     ("llama", "causal_lm", "causal_lm", "float32"),

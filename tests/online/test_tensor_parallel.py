@@ -82,7 +82,8 @@ def test_little_is_held_by_both_ranks(answers: Answers, case: int) -> None:
 
 
 def test_every_family_whose_projections_are_apart_is_split(answers: Answers) -> None:
-    assert {name.removeprefix("tied ") for name, *_ in EQUAL} == {name for name, family in FAMILIES.items() if len(family.projections) == 3}
+    apart = {name for name, family in FAMILIES.items() if len(family.projections) == 3} - {"mobilebert"}  # refused below
+    assert {name.removeprefix("tied ") for name, *_ in EQUAL} == apart
 
 
 def test_a_model_made_afterwards_is_whole(answers: Answers) -> None:
@@ -103,6 +104,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 1, "interm
         (BertConfig(**SIZES, num_attention_heads=3), "sharding.size 2 does not divide num_attention_heads 3"),
         (LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=1), "sharding.size 2 does not divide num_key_value_heads 1"),
         ("gpt2", "gpt2 keeps query, key and value in one matrix.*expected sharding.kind zero3 or fsdp"),
+        ("mobilebert", "mobilebert multiplies words with two matrices at once.*expected sharding.kind zero3 or fsdp"),
         ("modernbert", "modernbert keeps query, key and value in one matrix.*expected sharding.kind zero3 or fsdp"),
     ],
 )

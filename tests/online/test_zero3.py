@@ -24,6 +24,7 @@ EQUAL: list[tuple[str, Head, Head, str, dict[str, Any]]] = [
     ("bert", "masked_lm", "masked_lm", "float32", {}),
     ("bert", "masked_lm", "base", "float32", {}),
     ("bert", "multiple_choice", "multiple_choice", "float32", {}),
+    ("mobilebert", "masked_lm", "masked_lm", "float32", {}),
     ("gpt2", "causal_lm", "causal_lm", "float32", {}),
     ("llama", "causal_lm", "causal_lm", "float32", {"offload": "cpu"}),
     ("llama", "classification", "classification", "float32", {}),

@@ -41,6 +41,7 @@ SIZES = {
 FAMILIES = {
     "bert": ("masked_lm", SIZES),
     "distilbert": ("masked_lm", {"vocab_size": 500, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 176}),
+    "mobilebert": ("masked_lm", {**SIZES, "embedding_size": 24, "intra_bottleneck_size": 96, "num_feedforward_networks": 1}),
     "gpt2": ("causal_lm", {"vocab_size": 500, "n_embd": 64, "n_layer": 3, "n_head": 4}),
     "llama": ("causal_lm", {**SIZES, "num_key_value_heads": 2}),
     "qwen3": ("causal_lm", {**SIZES, "num_key_value_heads": 2, "head_dim": 16}),
