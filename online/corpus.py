@@ -111,6 +111,25 @@ def read_records(
             left = None if left is None else left - number
 
 
+def column_names(sources: Sequence[SourceSpec]) -> tuple[str, ...]:
+    """The columns of all files of ``sources``, in the order of the first; those of JSON lines are the keys of the first object.
+
+    Raises:
+        ValueError: a file is missing, is not what its format says, or has other columns than the first; or none has any.
+    """
+    first: tuple[Path, list[str]] | None = None
+    for source in sources:
+        for file, format_ in list_files(source):
+            names = _names(file, format_)
+            if first is None and names:
+                first = file, names
+            elif first is not None and names and set(names) != set(first[1]):
+                raise ValueError(f"expected the columns {', '.join(first[1])} as in {first[0]}, found {', '.join(names)} in {file}")
+    if first is None:
+        raise ValueError(f"no records in {', '.join(file for source in sources for file in source.files)}")
+    return tuple(first[1])
+
+
 def list_files(source: SourceSpec) -> Iterator[tuple[Path, Format]]:
     """Every file of ``source`` in reading order, with its format."""
     for entry in source.files:
@@ -160,13 +179,35 @@ def _read_file(file: Path, format_: Format, documents: str, names: list[str], re
         raise ValueError(f"{file}: not readable as {format_}: {error}") from None
 
 
+def _names(file: Path, format_: Format) -> list[str]:
+    """The columns of a file; none of a JSON file without objects."""
+    try:
+        if format_ == "text":
+            return ["text"]
+        if format_ == "json":
+            with _lines(file) as lines:
+                return next((list(found) for _, found in _parsed(file, lines)), [])
+        if format_ == "arrow" and not _has_arrow_footer(file):
+            with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+                return list(stream.schema.names)
+        return list(_dataset(file, format_, []).schema.names)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable as {format_}: {error}") from None
+
+
 def _lines(file: Path) -> io.TextIOWrapper:
     """UTF-8 text, decompressed by suffix."""
     return io.TextIOWrapper(pa.input_stream(str(file)), encoding="utf-8-sig")
 
 
 def _objects(file: Path, lines: Iterable[str], names: list[str]) -> Iterator[tuple[object, ...]]:
-    """JSON objects, one a line. (Arrow guesses types from the first lines, and nulls a file of one line without line feed.)"""
+    for number, found in _parsed(file, lines):
+        _check_columns(f"{file}, line {number}", names, list(found))
+        yield tuple(found[name] for name in names)
+
+
+def _parsed(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    """Number of a line, and its JSON object. (Arrow guesses types from the first lines, and nulls a file of one line without line feed.)"""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -176,8 +217,7 @@ def _objects(file: Path, lines: Iterable[str], names: list[str]) -> Iterator[tup
             raise ValueError(f"{file}, line {number}: expected one JSON object on each line: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"{file}, line {number}: expected one JSON object on each line, found a {type(found).__name__}")
-        _check_columns(f"{file}, line {number}", names, list(found))
-        yield tuple(found[name] for name in names)
+        yield number, found
 
 
 def _documents(lines: io.TextIOWrapper, documents: str) -> Iterator[str]:
