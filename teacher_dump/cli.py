@@ -107,6 +107,22 @@ def rows(recipe: Path, overrides: tuple[str, ...]) -> None:
 
 
 @program.command()
+@_RECIPE
+@_OVERRIDES
+def augment(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Make the corpus file that RECIPE describes: training texts, and copies of them with words replaced (TinyBERT).
+
+    It is a Parquet file with all columns of the texts, each record before its copies; a recipe of `run` or `rows` names it in
+    rows.sources as any other file. One process makes it. It has its name when it is whole: one that was stopped is begun anew,
+    one that is there is left as it is, or refused if it was made of something else (docs/augmentation.md).
+    """
+    from teacher_dump.augment import augment as make
+    from teacher_dump.augment import load
+
+    click.echo(make(load(recipe, overrides)))
+
+
+@program.command()
 @_STORE
 def status(store: Path) -> None:
     """Show what STORE holds: its rows, its passes, how far each is, and what they weigh on disk."""

@@ -96,14 +96,18 @@ class DumpRecipe(Strict):
     @field_validator("device")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                kind = torch.device(value).type
-            except RuntimeError:
-                raise ValueError("expected a device such as cpu, cuda or cuda:1") from None
-            if kind == "cuda" and not torch.cuda.is_available():
-                raise ValueError("this machine has no GPU that torch can use; expected cpu")
-        return value
+        return None if value is None else known_device(value)
+
+
+def known_device(value: str) -> str:
+    """``value``, if it names a device that this machine has; raises ValueError."""
+    try:
+        kind = torch.device(value).type
+    except RuntimeError:
+        raise ValueError("expected a device such as cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this machine has no GPU that torch can use; expected cpu")
+    return value
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> DumpRecipe:
