@@ -99,30 +99,33 @@ def by_words(tokens: Tokens, most: int) -> Numbers:
     """Stretches of up to ``most`` words. White space that is a token of its own goes with the word after it; a token of several is one."""
     numbers = np.zeros(len(tokens.offsets), np.int32)
     inside = [{match.start() for match in _INSIDE.finditer(text)} for text in tokens.texts]
-    phrase = words = blank = 0  # blank: tokens of white space that wait for their word
+    phrase = words = blank = edge = 0  # blank: tokens of white space that wait for their word; edge: where the token before them ends
     segment: int | None = None
-    last: tuple[int | None, int] | None = None  # word and end of the token before, where its phrase may go on
+    before: int | None = None  # word of that token
+    going = False  # whether its phrase may go on
     for token, ((start, end), of, word, special) in enumerate(zip(*tokens[1:], strict=True)):
         if of != segment:
-            segment, last, blank = of, None, 0
+            segment, going, blank, edge = of, False, 0, 0
         if segment is None:
             continue
         text = tokens.texts[segment]
         piece = text[start:end]
-        first, after = end - len(piece.lstrip()), start + len(piece.rstrip())
-        white = not piece.strip()
-        if special or ("\n" in piece if white else _mute(piece) and first not in inside[segment]):
-            last, blank = None, 0
-        elif white:
+        if not piece.strip() and not special:
             blank += 1
-        else:
-            gap = "\n" if last is None else text[last[1] : first]
-            if last is None or "\n" in gap:
-                phrase, words = phrase + 1, 1
-            elif (any(map(str.isspace, gap)) or word != last[0]) and not {first, last[1] - 1} & inside[segment]:
-                phrase, words = (phrase, words + 1) if words < most else (phrase + 1, 1)
-            numbers[token - blank : token + 1] = phrase
-            last, blank = (word, after), 0
+            continue
+        first, after = end - len(piece.lstrip()), start + len(piece.rstrip())
+        gap, marks = text[edge:first], inside[segment]
+        if special or (_mute(piece) and first not in marks):
+            going, blank, edge = False, 0, end
+            continue
+        if "\n" in gap:
+            going, blank = False, 0
+        if not going:
+            phrase, words = phrase + 1, 1
+        elif (any(map(str.isspace, gap)) or word != before) and not {first, edge - 1} & marks:
+            phrase, words = (phrase, words + 1) if words < most else (phrase + 1, 1)
+        numbers[token - blank : token + 1] = phrase
+        going, before, blank, edge = True, word, 0, after
     return numbers
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import CanineTokenizer, PreTrainedTokenizerFast
 
 from online.corpus import Record
 from online.drafts import Draft
@@ -41,12 +41,13 @@ def _bert() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **kinds)
 
 
-def _gpt() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without special tokens around a text."""
+def _gpt(trimmed: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without special tokens around a text; where tokens lie, the space before a word may not count."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {letter: number for number, letter in enumerate([*letters, "he", "Ġt", "Ġthe", "<|end|>"])}
     inner = Tokenizer(models.BPE(words, [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=trimmed)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", model_input_names=["input_ids"])
 
@@ -62,7 +63,7 @@ def _unigram(pre_tokenized: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", model_input_names=["input_ids"])
 
 
-TOKENIZERS = {"wordpiece": _bert(), "bytes": _gpt(), "metaspace": _unigram(True), "one word": _unigram(False)}
+TOKENIZERS = {"wordpiece": _bert(), "bytes": _gpt(), "trimmed": _gpt(True), "metaspace": _unigram(True), "one word": _unigram(False)}
 BERT, GPT = TOKENIZERS["wordpiece"], TOKENIZERS["bytes"]
 
 
@@ -112,6 +113,7 @@ def test_phrases_are_stretches_of_whole_words(tmp_path: Path, words: int, text: 
     ("name", "text", "expected"),
     [
         ("bytes", "the  he's\n\nthe é<|end|>. the the the ", "{t he Ġ Ġ he ' s} Ċ Ċ {t he Ġ Ã ©} <|end|> . {Ġthe Ġthe} {Ġthe} Ġ"),
+        ("trimmed", "the  he's\n\nthe é<|end|>. the the the ", "{t he Ġ Ġ he ' s} Ċ Ċ {t he Ġ Ã ©} <|end|> . {Ġthe Ġthe} {Ġthe} Ġ"),
         ("metaspace", "the man, man  the.</s> he", "{▁the ▁ man} , {▁ man ▁ ▁the} . </s> {▁ he}"),
         ("metaspace", "the the man the", "{▁the ▁the} {▁ man ▁the}"),
         ("one word", "the man, man  the. he", "{▁the ▁ man} , {▁ man ▁ ▁the} . {▁ he}"),
@@ -256,6 +258,11 @@ def test_what_is_no_list_of_ranges_is_refused_with_its_place(tmp_path: Path, chu
 def test_options_that_do_not_go_together_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(RowsSpec, {"sources": [{"files": "a.jsonl"}], **options}, "recipe")
+
+
+def test_a_tokenizer_that_knows_no_places_is_refused() -> None:
+    with pytest.raises(ValueError, match="phrases need a fast tokenizer"):
+        Phrases(PhraseSpec(words=2), CanineTokenizer())
 
 
 # What holds for every text
