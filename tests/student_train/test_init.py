@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MobileBertConfig,
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,7 +33,8 @@ from online.models import HEADS, load_config
 from store.manifest import Task
 from store.shape import Head
 from student_train.blocks import Source
-from student_train.init import Start, build, chosen_blocks, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.blueprint import chosen_blocks, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.init import Start, build
 from student_train.recipe import StudentSpec
 
 _BERT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
@@ -44,6 +46,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "roberta": lambda: RobertaConfig(**_BERT),
     "xlm-roberta": lambda: AutoConfig.for_model("xlm-roberta", **_BERT),
     "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=16, n_layers=4, n_heads=2, hidden_dim=24),
+    "mobilebert": lambda: MobileBertConfig(**_BERT, embedding_size=6, intra_bottleneck_size=8),
     "modernbert": lambda: ModernBertConfig(**_BERT, local_attention=6, layer_types=_TYPES),
     "gpt2": lambda: GPT2Config(vocab_size=40, n_embd=16, n_layer=4, n_head=2, bos_token_id=1, eos_token_id=1),
     "llama": lambda: LlamaConfig(**_LLAMA),
