@@ -14,20 +14,26 @@ from student_train.methods.annealing_kd import AnnealingKD
 from student_train.methods.att_kl import AttKL
 from student_train.methods.att_mse import AttMSE
 from student_train.methods.base import Method, TeacherShapes
+from student_train.methods.ckd import CKD
 from student_train.methods.continuation_kd import ContinuationKD
+from student_train.methods.contrast import Contrast
 from student_train.methods.dgkd import DGKD
 from student_train.methods.distilbert import DistilBERT
+from student_train.methods.fsp import FSP
 from student_train.methods.hid_cls import HidCLS
 from student_train.methods.hid_seq import HidSeq
 from student_train.methods.kd import KD
 from student_train.methods.lm_kd import LMKD
 from student_train.methods.lm_loss import LMLoss
+from student_train.methods.lrc_bert import LRCBERT
 from student_train.methods.match import Match
+from student_train.methods.mgskd import MGSKD
 from student_train.methods.minilm import MiniLM
 from student_train.methods.minilmv2 import MiniLMv2
 from student_train.methods.mt_bert import MTBERT
 from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
+from student_train.methods.rkd import RKD
 from student_train.methods.sentence import Sentence
 from student_train.methods.task_loss import TaskLoss
 from student_train.methods.tinybert import TinyBERT
@@ -57,6 +63,12 @@ METHODS: dict[str, type[Method]] = {
     "tinybert": TinyBERT,
     "distilbert": DistilBERT,
     "sentence": Sentence,
+    "rkd": RKD,
+    "fsp": FSP,
+    "lrc_bert": LRCBERT,
+    "contrast": Contrast,
+    "ckd": CKD,
+    "mgskd": MGSKD,
     "dgkd": DGKD,
     "uncertainty": Uncertainty,
     "tmkd": TMKD,

@@ -46,8 +46,21 @@ def make_batch(labels: str = "") -> Batch:
         "classes": torch.tensor([0, 2, IGNORED, 1, 2]),
         "scores": torch.tensor([0.5, math.nan, 1.0, -2.0, 0.0]),
         "choices": torch.tensor([0, 1, 0, 0, 1]),
+        "distinct": torch.arange(5),
     }.get(labels)
-    return Batch(torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, torch.tensor([3, 3, 9, 9, 9]))
+    phrases = None
+    if labels == "phrases":
+        phrases = torch.zeros(5, 8, dtype=torch.int64)
+        phrases[0, :7], phrases[1, 4:], phrases[2, :2] = (
+            torch.tensor([1, 1, 0, 2, 3, 3, 4]),
+            torch.tensor([1, 2, 2, 3]),
+            torch.tensor([0, 1]),
+        )
+        phrases[3, :5] = torch.tensor([1, 2, 2, 0, 3])
+    groups = torch.tensor([3, 3, 9, 9, 9])
+    return Batch(
+        torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains=None, phrases=phrases
+    )
 
 
 def sees(one: ModelShape, block: int, query: int, key: int) -> bool:
