@@ -47,6 +47,6 @@ CASES: dict[str, Case] = {
 
 CHANGES: list[tuple[str, dict[str, object]]] = [("alp_kd", {"buckets": True}), ("alp_kd", {"detach": True})]
 
-MODELS = [("alp_kd", {}, "bert", "classification"), ("alp_kd", {"buckets": True}, "llama", "classification")]
+MODELS = [("alp_kd", {}, "bert", "classification"), ("alp_kd", {"buckets": True, "detach": True}, "llama", "classification")]
 
 LIVE = [("alp_kd", "class", {}), ("alp_kd", "causal", {"buckets": True, "detach": True})]
