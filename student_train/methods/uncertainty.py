@@ -122,26 +122,23 @@ class Uncertainty(Method):
         p_UC, real_UC = student_UC.softmax(-1), student_UC > MASKED
         doubt_U = -(p_UC * student_UC.log_softmax(-1)).sum(-1) / real_UC.sum(-1).clamp(min=2).log()
         doubt_R, mine = gathered(doubt_U, self.training), own(doubt_U, self.training)
-        chosen_R = self._chosen(doubt_R if self.by == "entropy" else gathered(self._unsure(p_UC), self.training))
-        teachers, chosen = len(self.teachers), int(chosen_R.sum())
+        unsure_R = doubt_R if self.by == "entropy" else gathered(self._unsure(p_UC), self.training)
+        teachers, chosen = len(self.teachers), max(1, round(self.fraction * len(unsure_R)))
+        chosen_R = _ranks(unsure_R) < chosen
         if self.adoption == "hard":
             rank_R = _ranks(doubt_R.masked_fill(~chosen_R, -torch.inf))  # from 0 on among the chosen
-            teacher_R = (((rank_R + 1) * teachers - 1) // max(1, chosen)).clamp(max=teachers - 1)
+            teacher_R = (((rank_R + 1) * teachers - 1) // chosen).clamp(max=teachers - 1)
             shares_RN = F.one_hot(teacher_R, teachers) * chosen_R[:, None]
             return doubt_U, (shares_RN * len(doubt_R) / shares_RN.sum(0).clamp(min=1))[mine]
         u_R = doubt_R if self.adoption == "soft_rows" else doubt_R.mean().expand_as(doubt_R)
         size_N = torch.linspace(0, 1, teachers, device=u_R.device) if teachers > 1 else torch.full((1,), 0.5, device=u_R.device)
         shares_RN = 2 / teachers * (u_R[:, None] + (1 - 2 * u_R[:, None]) * size_N)
-        return doubt_U, (shares_RN * chosen_R[:, None] * len(doubt_R) / max(1, chosen))[mine]
+        return doubt_U, (shares_RN * chosen_R[:, None] * len(doubt_R) / chosen)[mine]
 
     def _unsure(self, p_UC: Tensor) -> Tensor:
         """[U] how little a decision is sure, by its margin or confidence."""
         top_U2 = p_UC.topk(min(2, p_UC.shape[-1]), -1).values
         return -(top_U2[:, 0] - (top_U2[:, 1:].sum(-1) if self.by == "margin" else 0))
-
-    def _chosen(self, unsure_R: Tensor) -> Tensor:
-        """[R] bool: the most uncertain ``fraction``."""
-        return _ranks(unsure_R) < max(1, round(self.fraction * len(unsure_R)))
 
     def _distance(self, student_UC: Tensor, teacher_UC: Tensor) -> Tensor:
         if self.distance == "mse":
