@@ -1,6 +1,8 @@
 """Every method on real models: their features fit, its gradient reaches the student's weights, padding changes nothing."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +20,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from online.batch import IGNORED, Batch
-from online.capture import Capture
-from online.models import LoadedModel, forward
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+
+from case import all_of
+
+from online.batch import IGNORED, Batch, Features
+from online.models import LoadedModel
 from online.teacher import LiveTeacher
 from store.shape import Head
 from student_train.methods import METHODS, parse_method
-from student_train.methods.base import Method
+from student_train.step import Step, Survey, run
 
 CLASSES: dict[tuple[str, Head], type[PreTrainedModel]] = {
     ("bert", "masked_lm"): BertForMaskedLM,
@@ -34,29 +39,9 @@ CLASSES: dict[tuple[str, Head], type[PreTrainedModel]] = {
     ("llama", "causal_lm"): LlamaForCausalLM,
     ("llama", "classification"): LlamaForSequenceClassification,
 }
-CASES: list[tuple[str, dict[str, object], str, Head]] = [
-    ("task_loss", {}, "llama", "classification"),
-    ("lm_loss", {}, "llama", "causal_lm"),
-    ("kd", {}, "bert", "classification"),
-    ("kd", {}, "bert", "multiple_choice"),
-    ("kd", {}, "bert", "token_classification"),
-    ("lm_kd", {"temperature": 2.0}, "bert", "masked_lm"),
-    ("lm_kd", {"top": 5, "positions": "all"}, "llama", "causal_lm"),
-    ("hid_cls", {}, "llama", "causal_lm"),
-    ("hid_seq", {}, "bert", "masked_lm"),
-    ("att_mse", {}, "llama", "causal_lm"),
-    ("att_kl", {}, "bert", "masked_lm"),
-    ("val_kl", {}, "llama", "causal_lm"),
-    ("minilm", {}, "llama", "causal_lm"),
-    ("minilmv2", {}, "bert", "masked_lm"),
-    ("minilmv2", {}, "llama", "causal_lm"),
-    ("tinybert", {}, "bert", "masked_lm"),
-    ("distilbert", {"cosine": 0}, "bert", "masked_lm"),
-    ("sentence", {"mse": 1, "similarity": 1}, "bert", "masked_lm"),
-    ("match", {"site": "head_input", "projection": "linear"}, "llama", "causal_lm"),
-    ("match", {"site": "attention_probs", "distance": "cosine"}, "llama", "causal_lm"),
-    ("match", {"site": "input", "form": "relation", "distance": "kl"}, "llama", "causal_lm"),
-]
+CASES: list[tuple[str, dict[str, object], str, Head]] = all_of("MODELS")
+SAME_WIDTH = {name for (name,) in all_of("SAME_WIDTH")}
+"""Methods that take only students as wide as their teacher."""
 
 
 def tiny(family: str, head: Head, *, layers: int, width: int, seed: int) -> LoadedModel:
@@ -95,15 +80,28 @@ def longer(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **changes | {"token_labels": pad(batch.token_labels, (0, 8), value=IGNORED)})
 
 
-def step(method: Method, student: LoadedModel, teacher: LoadedModel, batch: Batch) -> tuple[float, list[torch.Tensor]]:
-    """The method's loss on one batch, and its gradients in the student's and its own weights."""
-    answers = LiveTeacher(teacher, method.teacher_keys).features(batch, {}) if method.teacher_keys else {}
-    with Capture(student, method.student_keys, grad=True) as capture:
-        forward(student, batch)
-        features = capture.features(batch)
+def step(
+    name: str, options: dict[str, object], student: LoadedModel, teachers: dict[str, LoadedModel], batch: Batch
+) -> tuple[float, list[torch.Tensor]]:
+    """The loss of a method on one batch, and its gradients in the student's and its own weights."""
+    shapes = {of: teacher.shape for of, teacher in teachers.items()}
+    torch.manual_seed(4)
+    method = parse_method(name, options, student.shape, shapes if METHODS[name].several else shapes["first"])
+    answers: Features = {}
+    for of, teacher in teachers.items():
+        keys = {key.of("") for key in method.teacher_keys if key.pass_name == (of if method.several else "")}
+        if keys and (method.several or of == "first"):
+            answers |= {
+                key.of(of if method.several else ""): value for key, value in LiveTeacher(teacher, keys).features(batch, {}).items()
+            }
+    assert batch.row_labels is not None
+    method.survey(Survey(len(batch.rows), batch.rows.numpy(), batch.row_labels.double().numpy()))
+    method.train()
+    method.prepare(Step(student, batch, answers, (batch, answers)))
+    features = run(student, batch, method.student_keys) if method.student_keys else {}
     counts = method.counts(batch)
     loss = torch.stack([total / counts[term] for term, total in method(features, answers, batch).items()]).sum()
-    weights = [*student.model.parameters(), *method.parameters()]
+    weights = [weight for weight in (*student.model.parameters(), *method.parameters()) if weight.requires_grad]
     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     return loss.item(), [gradient for gradient in gradients if gradient is not None]
 
@@ -114,12 +112,12 @@ def test_every_method_meets_a_real_model() -> None:
 
 @pytest.mark.parametrize(("name", "options", "family", "head"), CASES)
 def test_gradients_reach_a_real_student_and_padding_changes_nothing(name: str, options: dict[str, object], family: str, head: Head) -> None:
-    teacher, student = tiny(family, head, layers=4, width=24, seed=1), tiny(family, head, layers=2, width=16, seed=2)
-    method, batch = parse_method(name, options, student.shape, teacher.shape), make_batch(head, family)
-    loss, gradients = step(method, student, teacher, batch)
+    teachers = {"first": tiny(family, head, layers=4, width=24, seed=1), "second": tiny(family, head, layers=3, width=24, seed=3)}
+    student, batch = tiny(family, head, layers=2, width=24 if name in SAME_WIDTH else 16, seed=2), make_batch(head, family)
+    loss, gradients = step(name, options, student, teachers, batch)
     assert loss > 0
     assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0
-    padded_loss, padded_gradients = step(method, student, teacher, longer(batch))
+    padded_loss, padded_gradients = step(name, options, student, teachers, longer(batch))
     assert padded_loss == pytest.approx(loss, rel=2e-5, abs=1e-6)
     for one, other in zip(gradients, padded_gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=2e-5)

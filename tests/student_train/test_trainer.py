@@ -51,7 +51,9 @@ def test_the_overridden_trainer_methods_exist_with_the_same_parameters() -> None
             inspect.signature(getattr(Trainer, name)).parameters
         ), name
     private = {name for name in vars(DistillationTrainer) if name.startswith("_") and not name.startswith("__")} - set(ours)
-    assert private == {"_window_logs", "_keep_best", "_publish", "_note_norms", "_probes"}, "private names that are ours alone; any other must exist in Trainer"
+    assert private == {"_window_logs", "_keep_best", "_publish", "_note_norms", "_probes"}, (
+        "private names that are ours alone; any other must exist in Trainer"
+    )
     for used in ("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "is_world_process_zero", "_load_rng_state"):
         assert hasattr(Trainer, used)
 

@@ -6,6 +6,7 @@ A method's cases are one file in ``golden/methods``, found by its place. It defi
 - ``CHANGES``: (case, changed options) for every option of the method, each of which changes the answer.
 - ``MODELS``: (options, family, head) of small real models: bert or llama, with a head.
 - ``LIVE``: (setting, options): stores and live teachers that it is compared on; settings are those of tests/test_stored_equals_live.py.
+- ``SAME_WIDTH``: [(method,)] where it takes only students as wide as their teacher.
 - ``RUNS`` (for methods that change as training goes, have state or compare rows): (options) of runs that are resumed in
   the middle, and on two ranks.
 """
