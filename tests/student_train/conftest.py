@@ -31,6 +31,12 @@ def stores() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def tiny_chain() -> ModuleType:
+    """The script ``tiny_chain.py`` as a module."""
+    return _module("tiny_chain")
+
+
+@pytest.fixture(scope="session")
 def taught(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 48 rows with the pass ``bert``."""
     path: Path = tmp_path_factory.mktemp("stores") / "taught"
