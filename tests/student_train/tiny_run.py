@@ -24,6 +24,7 @@ from online.capture import Capture
 from online.collate import collate
 from online.encode import encode
 from online.models import LoadedModel, forward
+from online.teacher import Teachers
 from store.building import RowWriter
 from store.features import ArraySpec, FeatureKey, FeatureSpec
 from store.manifest import PassInfo, Provenance, Task
@@ -31,8 +32,8 @@ from store.reader import Store
 from store.rows import Row
 from store.writer import StoreWriter
 from student_train.bundle import Bundle
-from student_train.data import Source
-from student_train.methods import parse_method
+from student_train.data import Source, survey
+from student_train.methods import METHODS, parse_method
 from student_train.methods.base import Method, Terms
 from student_train.recipe import MethodSpec, PhaseSpec
 from student_train.teacher import StoredTeacher
@@ -157,23 +158,32 @@ def run(
     evaluate: Evaluate | None = None,
     seed: int = 3,
     rows: dict[str, Any] | None = None,
+    pass_name: str = "bert",
     **changes: object,
 ) -> tuple[Bundle, TrainResult]:
-    """Train a fresh two-layer student from ``stores``; those with a pass teach. ``rows`` says which and in what order."""
+    """Train a fresh two-layer student from ``stores``; those with ``pass_name`` teach. ``rows`` says which and in what order.
+
+    A method for several teachers gets the one pass as two of them, ``small`` and ``large``.
+    """
     student = model(1, layers=2, width=16, dropout=dropout)
     opened = [Store.open(path) for path in stores]
-    pass_names = ["bert" if "bert" in store.manifest.passes else None for store in opened]
-    teacher_shape = next((store.manifest.passes["bert"].shape for store in opened if store.manifest.passes), None)
+    pass_names = [pass_name if pass_name in store.manifest.passes else None for store in opened]
+    teacher_shape = next((store.manifest.passes[pass_name].shape for store in opened if store.manifest.passes), None)
+    several = any(METHODS[spec.name].several for spec in methods)
+    known = dict.fromkeys(("small", "large"), teacher_shape) if several else teacher_shape
     torch.manual_seed(2)
-    built = [(spec, parse_method(spec.name, dict(spec.options), student.shape, teacher_shape)) for spec in methods]
+    built = [(spec, parse_method(spec.name, dict(spec.options), student.shape, known)) for spec in methods]
     if bank:
         built.append((MethodSpec(name="bank", weight=0.1), Bank(16, kill_at)))
     bundle = Bundle(student, built)
-    wanted = frozenset().union(*(method.teacher_keys for _, method in built))
+    wanted = frozenset(key.of("") for _, method in built for key in method.teacher_keys)
     teachers = [StoredTeacher(store, name, wanted) if name else None for store, name in zip(opened, pass_names, strict=True)]
+    if several:
+        teachers = [teacher and Teachers({"small": teacher, "large": teacher}) for teacher in teachers]
     sources = [
         Source(store, teacher, pass_name=name, **(rows or {})) for store, teacher, name in zip(opened, teachers, pass_names, strict=True)
     ]
+    bundle.survey(lambda: survey(sources))
     plan = phase(pass_names, methods, **changes)
     return bundle, train(bundle, sources, plan, output, seed, None if evaluate is None else lambda: evaluate(bundle))
 

@@ -55,3 +55,5 @@ LIVE = [
     ("sentence", "mlm", {"mse": 1.0, "similarity": 1.0}),
     ("sentence", "causal", {"pooling": "last"}),
 ]
+
+RUNS = [("sentence", {"cosine": 0, "similarity": 1})]

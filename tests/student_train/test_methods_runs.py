@@ -1,0 +1,89 @@
+"""Methods that change as training goes, keep something, or compare rows: resumed in the middle, and on two ranks."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+
+from case import all_of
+
+from student_train import checkpoint
+from student_train.journal import read_journal
+from student_train.methods import METHODS
+from student_train.recipe import MethodSpec
+
+RUNS: list[tuple[str, dict[str, Any]]] = all_of("RUNS")
+NAMES = [f"{method}-{number}" for number, (method, _) in enumerate(RUNS)]
+LOOP: dict[str, Any] = {"pass_name": "tiny", "bank": False, "steps": 8, "trainer": {"save_total_limit": 9, "save_steps": 4}}
+ELSEWHERE = {"rw_kd", "meta_kd", "hrkd"}
+"""Need more of their rows: tests/student_train/test_row_weights.py."""
+CLOCK = ("tokens_per_second", "loader_wait")
+
+
+@pytest.fixture(scope="module")
+def store(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 labelled rows with phrases, and all that a teacher of 4 blocks answers."""
+    features = ["hidden.*@all", "attention_scores.*", "value.*", "task_logits@row"]
+    path: Path = stores.write_store(tmp_path_factory.mktemp("runs"), "classification", features, phrases={"words": 2})
+    return path
+
+
+def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in entry.items() if name not in CLOCK} for entry in history]
+
+
+def spec(method: str, options: dict[str, Any]) -> MethodSpec:
+    return MethodSpec(name=method, options=options)
+
+
+def test_every_method_that_can_change_or_compare_is_run() -> None:
+    moving = {"changes its loss as it goes", "reads other features as it goes", "compares rows of a batch"}
+    expected = {name for name, method in METHODS.items() if method.kinds & moving}
+    assert expected - ELSEWHERE <= {method for method, _ in RUNS}
+
+
+@pytest.mark.parametrize(("method", "options"), RUNS, ids=NAMES)
+def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(
+    method: str, options: dict[str, Any], tiny: ModuleType, store: Path, tmp_path: Path
+) -> None:
+    bundle, whole = tiny.run([store], tmp_path / "whole", methods=[spec(method, options)], **LOOP)
+    weights = {name: tensor.clone() for name, tensor in bundle.state_dict().items()}
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "resumed" / "checkpoints" / "checkpoint-4")
+    bundle, resumed = tiny.run([store], tmp_path / "resumed", methods=[spec(method, options)], **LOOP)
+    assert resumed.resumed == 4
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert len({entry["loss"] for entry in timeless(whole.history) if "loss" in entry}) == 8
+    for name, tensor in bundle.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tiny: ModuleType, store: Path, tmp_path: Path) -> None:
+    plain = {**LOOP, "dropout": 0.0}
+    runs = [
+        {"stores": [str(store)], "output": str(tmp_path / name), "methods": [spec(*run).model_dump()], **plain}
+        for name, run in zip(NAMES, RUNS, strict=True)
+    ]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny.__file__]
+    done = subprocess.run([*command, json.dumps(runs)], timeout=500, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, run in zip(NAMES, RUNS, strict=True):
+        bundle, alone = tiny.run([store], tmp_path / "alone" / name, methods=[spec(*run)], **plain)
+        together = timeless(read_journal(tmp_path / name / "metrics.jsonl"))
+        for entry, expected in zip(together, timeless(alone.history), strict=True):
+            assert entry == pytest.approx(expected, rel=1e-4, abs=2e-6), (name, entry["step"])
+        saved = checkpoint.load(tmp_path / name / "checkpoints" / "checkpoint-8" / "buffers_1.safetensors")
+        for key, tensor in checkpoint.method_buffers(bundle.methods).items():  # weights may differ: Adam makes steps of noise
+            torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=2e-5)
