@@ -35,6 +35,7 @@ from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
 from student_train.methods.rkd import RKD
 from student_train.methods.sentence import Sentence
+from student_train.methods.sid import SID
 from student_train.methods.task_loss import TaskLoss
 from student_train.methods.tinybert import TinyBERT
 from student_train.methods.tmkd import TMKD
@@ -61,6 +62,7 @@ METHODS: dict[str, type[Method]] = {
     "minilm": MiniLM,
     "minilmv2": MiniLMv2,
     "tinybert": TinyBERT,
+    "sid": SID,
     "distilbert": DistilBERT,
     "sentence": Sentence,
     "rkd": RKD,

@@ -56,16 +56,18 @@ class KD(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         logits, terms = vectors(student, self.key, batch), {}
         if self.alpha:
-            terms["soft"] = self.alpha * self._soft(logits, vectors(teacher, self.key, batch), batch)
+            answers = vectors(teacher, self.key, batch)
+            terms["soft"] = self.alpha * soft_loss(logits, answers, batch, self.shape, self.now(self.temperature))
         if self.alpha < 1:
             terms["hard"] = (1 - self.alpha) * label_loss(logits, batch, self.shape)
         return terms
 
-    def _soft(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        temperature = self.now(self.temperature)
-        if self.shape.head == "multiple_choice":
-            log_p_B, log_q_B = (group_log_softmax(z.squeeze(-1) / temperature, batch.groups) for z in (teacher, student))
-            return temperature**2 * (log_p_B.exp() * (log_p_B - log_q_B)).sum()
-        if self.shape.labels == 1:
-            return (student - teacher).square().sum()
-        return kl(student, teacher, temperature).sum()
+
+def soft_loss(student: Tensor, teacher: Tensor, batch: Batch, shape: ModelShape, temperature: float) -> Tensor:
+    """0-d sum over ``answer_count`` rows, groups or tokens of T^2 KL between task logits, or of the squared difference of scores."""
+    if shape.head == "multiple_choice":
+        log_p_B, log_q_B = (group_log_softmax(z.squeeze(-1) / temperature, batch.groups) for z in (teacher, student))
+        return temperature**2 * (log_p_B.exp() * (log_p_B - log_q_B)).sum()
+    if shape.labels == 1:
+        return (student - teacher).square().sum()
+    return kl(student, teacher, temperature).sum()

@@ -49,6 +49,8 @@ class Case:
     """Whether a student equal to its teacher has no loss but that of labels."""
     fixed: frozenset[str] = frozenset()
     """Parameters that the loss does not train here, or that it is not differentiated in."""
+    unread: frozenset[str] = frozenset()
+    """The student's features, by site and layer, that take no part at this moment."""
     set_up: Callable[[Method], None] | None = None
     """Done to the method before it is called, its state for instance."""
 
