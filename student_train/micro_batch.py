@@ -91,8 +91,9 @@ class MicroBatch:
     @classmethod
     def lent(cls, source: int, taught: bool, batch: Batch, fetch: Callable[[Allocate], Fetched]) -> Self:
         """``batch`` and what ``fetch`` reads into memory that it asks for, in memory that is lent to the training process."""
-        names: list[Name] = [name for name, value in vars(batch).items() if value is not None]
-        own = [value.numpy() for value in vars(batch).values() if value is not None]
+        tensors = {field.name: value for field in fields(Batch) if (value := getattr(batch, field.name)) is not None}
+        names: list[Name] = list(tensors)
+        own = [value.numpy() for value in tensors.values()]
 
         def read(allocate: Allocate) -> Arrays:
             fetched = fetch(allocate)
@@ -116,7 +117,8 @@ class MicroBatch:
         meta = None if self.meta is None else self.meta.pin_memory()
         if self.parcel is not None:
             return replace(MicroBatch.of(self.source, self.taught, self.parcel.pinned()), meta=meta)
-        tensors: dict[str, Any] = {name: None if value is None else value.pin_memory() for name, value in vars(self.batch).items()}
+        given = {field.name: getattr(self.batch, field.name) for field in fields(Batch)}
+        tensors: dict[str, Any] = {name: None if value is None else value.pin_memory() for name, value in given.items()}
         fetched = {key: {name: _pinned(array) for name, array in arrays.items()} for key, arrays in self.fetched.items()}
         return replace(self, batch=Batch(**tensors), fetched=fetched, meta=meta)
 

@@ -198,6 +198,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
                     "methods": keep(bundle, folder),
                     "carried": dict(carried),
                     "dropped": list(dropped(bundle)),
+                    "notices": list(start.notices),
                     "before": dict(before),
                     "after": dict(after),
                     "steps": result.steps,
