@@ -130,4 +130,4 @@ LIVE = [
     ("mgskd", "packed", {"phrase": 0, "sample": 0, "heads": 8}),
 ]
 
-RUNS = [("mgskd", {"phrase": 0, "heads": 4, "token_layers": 1})]
+RUNS = [("mgskd", {"heads": 4, "token_layers": 1})]
