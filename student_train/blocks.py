@@ -99,5 +99,5 @@ def _indexed(index: Path) -> list[str]:
 def _remedy(source: Source, blocks: Sequence[int]) -> str:
     if source.shipped is None:
         return "expected the safetensors files of a whole model"
-    wanted = ", ".join(str(block) for block in sorted(set(blocks)))
+    wanted = ", ".join(str(block) for block in sorted(set(blocks))) or "1"  # whichever block it is, embeddings and head come along
     return f"dump pass {source.shipped} with 'ship_layers: [{wanted}]', or give the teacher's folder as student.source"

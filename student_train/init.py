@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from online.families import FAMILIES, attention_implementation
 from online.fingerprints import weights_fingerprint
-from online.models import HEADS, LoadedModel, ModelSpec, load_model, load_tokenizer
+from online.models import HEADS, LoadedModel, ModelSpec, load_config, load_model, load_tokenizer
 from online.quiet import quiet
 from store.errors import MissingFeature
 from student_train.blocks import Source, block_pattern, check_blocks, read_weights
@@ -46,6 +46,8 @@ def check_start(blueprint: Blueprint) -> None:
         check_blocks(blueprint.source, blueprint.config.model_type, blueprint.taken)
     if blueprint.spec.random is not None:
         _on_paper(blueprint)
+    if blueprint.spec.rest == "source":
+        check_blocks(blueprint.source, blueprint.config.model_type, ())
     if blueprint.wide is not None:
         roles(_on_paper(replace(blueprint, config=blueprint.wide)), _on_paper(blueprint))
 
@@ -74,7 +76,8 @@ def build(blueprint: Blueprint, seed: int) -> Start:
         if blueprint.head == "classification" and blueprint.config.pad_token_id is None:
             blueprint.config.pad_token_id = tokenizer.pad_token_id or 0  # transformers refuses batches without one
         if spec.random is not None:
-            return Start.of(_fresh(blueprint, tokenizer))
+            student, notices = (_fresh(blueprint, tokenizer), []) if spec.rest == "random" else _copy(blueprint, tokenizer)
+            return Start.of(student, *notices)
         if blueprint.wide is None:
             student, notices = _copy(blueprint, tokenizer)
         else:
@@ -95,11 +98,16 @@ def _fresh(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase | None) -> L
 
 
 def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, list[str]]:
-    """Blocks, embeddings, norms and head of the source, under the student's names; and what starts fresh or is left out."""
+    """Blocks (but where they are to be random), embeddings, norms and head of the source, under the student's names; and what starts fresh
+    or is left out.
+    """
     source, config = blueprint.source, blueprint.config
     shape = blueprint.shape  # says so if the family or the head is unknown
-    weights = read_weights(source, config.model_type, blueprint.blocks or range(1, shape.layers + 1))
-    model_class = type(_on_paper(blueprint))
+    numbers, random_blocks = block_pattern(config.model_type), blueprint.spec.random is not None
+    weights = read_weights(source, config.model_type, () if random_blocks else blueprint.blocks or range(1, shape.layers + 1))
+    student = _on_paper(blueprint)
+    others, model_class = _other_layers(blueprint, student) if random_blocks else set(), type(student)
+    weights = {name: weight for name, weight in weights.items() if _layer(name, student) not in others}
     with quiet(), plain_errors(str(source.folder)):
         model, report = model_class.from_pretrained(
             None,
@@ -111,13 +119,30 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> tuple[Loa
             output_loading_info=True,
         )
     fresh = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    _refuse_gaps(model, fresh, source)
+    if random_blocks:
+        fresh = [name for name in fresh if not numbers.search(name)]
+    _refuse_gaps(model, [name for name in fresh if _layer(name, student) not in others], source)
     fresh_modules = sorted({name.rpartition(".")[0] for name in fresh})
     notices = [f"{module} starts from random weights: {source.folder} has none that fit" for module in fresh_modules]
-    unused = [name for name in sorted(report["unexpected_keys"]) if block_pattern(config.model_type).search(name)]
+    unused = [name for name in sorted(report["unexpected_keys"]) if numbers.search(name)]
     if unused:
         notices.append(f"not taken over, for the student has no place for them: {', '.join(unused)}")
     return LoadedModel.of(model.eval(), blueprint.head, tokenizer), notices
+
+
+def _layer(name: str, model: PreTrainedModel) -> str:
+    """The layer that a weight belongs to, without the prefix of the base model."""
+    return name.rpartition(".")[0].removeprefix(f"{model.base_model_prefix}.")
+
+
+def _other_layers(blueprint: Blueprint, student: PreTrainedModel) -> set[str]:
+    """Layers that are of another kind in the source. MobileBERT's NoNorm has the names and sizes of a layer norm, and is none."""
+    source = dict(_on_paper(replace(blueprint, config=load_config(blueprint.source.folder))).named_modules())
+    return {
+        name.removeprefix(f"{student.base_model_prefix}.")
+        for name, layer in student.named_modules()
+        if name in source and type(layer) is not type(source[name])
+    }
 
 
 def _cut(blueprint: Blueprint, wide: LoadedModel) -> LoadedModel:

@@ -32,7 +32,7 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
                 features.setdefault((store, names(pass_name)[0]), set()).update(keys)
             shipped = _shipped(one)
             if shipped is not None:
-                blocks.setdefault(shipped, set()).update(one.blueprint.taken)
+                blocks.setdefault(shipped, set()).update(one.blueprint.taken or (1,))  # embeddings and head come with any block
     if not features:
         return "# these recipes read no teacher's features\n"
     documents = []
@@ -46,8 +46,8 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
 
 
 def _shipped(one: Outline) -> tuple[Path, str] | None:
-    """The pass whose blocks the student starts from, where no folder is given."""
+    """The pass whose weights the student starts from, where no folder is given."""
     student = one.phase.student
-    if (student.layers is None and student.width is None) or student.source is not None:
+    if (student.layers is None and student.width is None and student.rest == "random") or student.source is not None:
         return None
     return next(((data.store, names(data.compared_pass)[0]) for data in one.phase.data if data.answers), None)

@@ -119,6 +119,9 @@ class StudentSpec(Strict):
     """Output of an earlier phase of this recipe."""
     random: dict[str, int | float | str | bool] | None = None
     """Random weights; changes to the source's configuration, such as {num_hidden_layers: 3}."""
+    rest: Literal["random", "source"] = "random"
+    """With ``random``: embeddings, head and all else outside of blocks; ``source`` takes it from there, where sizes and kinds of layers agree
+    (MobileBERT's start)."""
     head: Head | None = None
     """Head of the student; the source's by default. A head that the source lacks starts from random weights."""
     labels: int | None = Field(default=None, ge=1)
@@ -144,6 +147,8 @@ class StudentSpec(Strict):
             raise ValueError(f"expected exactly one of {', '.join(starts)}; given: {', '.join(given) or 'none'}")
         if self.source is not None and given[0] not in ("layers", "width", "random"):
             raise ValueError(f"source goes with layers, width or random, not with {given[0]}")
+        if self.rest != "random" and self.random is None:
+            raise ValueError("rest says what becomes of embeddings and head beside random blocks: give random")
         if self.width_by != "first" and self.width is None:
             raise ValueError("width_by says what of a width stays: give width")
         if self.model is not None and (self.head, self.labels) != (None, None):
