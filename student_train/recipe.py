@@ -120,8 +120,8 @@ class StudentSpec(Strict):
     random: dict[str, int | float | str | bool] | None = None
     """Random weights; changes to the source's configuration, such as {num_hidden_layers: 3}."""
     rest: Literal["random", "source"] = "random"
-    """With ``random``: embeddings, head and all else outside of blocks; ``source`` takes it from there, where sizes and kinds of layers agree
-    (MobileBERT's start)."""
+    """With ``random``: embeddings, head and all else outside of blocks; ``source`` takes it from there, where sizes and kinds of layers
+    agree (MobileBERT's start)."""
     head: Head | None = None
     """Head of the student; the source's by default. A head that the source lacks starts from random weights."""
     labels: int | None = Field(default=None, ge=1)

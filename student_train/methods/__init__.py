@@ -30,6 +30,7 @@ from student_train.methods.match import Match
 from student_train.methods.mgskd import MGSKD
 from student_train.methods.minilm import MiniLM
 from student_train.methods.minilmv2 import MiniLMv2
+from student_train.methods.mobilebert import MobileBERT
 from student_train.methods.mt_bert import MTBERT
 from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
@@ -63,6 +64,7 @@ METHODS: dict[str, type[Method]] = {
     "minilmv2": MiniLMv2,
     "tinybert": TinyBERT,
     "sid": SID,
+    "mobilebert": MobileBERT,
     "distilbert": DistilBERT,
     "sentence": Sentence,
     "rkd": RKD,
