@@ -86,7 +86,7 @@ class Bundle(nn.Module):
         """
         methods = self.taking_part(taught)
         for name, method in methods.items():
-            own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]))
+            own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]) if meta[1] else {})
             method.prepare(Step(self.loaded, batch, self.of_teacher(name, teacher), own))
         added_BTW = None
         if self.training and not methods.keys().isdisjoint(self._perturbs):

@@ -11,7 +11,7 @@ from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from store.errors import FingerprintMismatch, MissingFeature, StoreError
 from store.features import FeatureKey
-from store.manifest import Manifest, RowsInfo, Task
+from store.manifest import Manifest, Task
 from store.reader import Store
 from store.remote import url_of
 from store.shape import Head, ModelShape
@@ -20,6 +20,7 @@ from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
 from student_train.blueprint import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
 from student_train.importance import Look
+from student_train.learnable import check_domains, check_meta, label_problem, unlearnable
 from student_train.methods import method_class, parse_method
 from student_train.methods.base import SAME_AS_INIT, Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
@@ -115,9 +116,15 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
                 f"methods: {spec.name} compares the rows of a batch with each other: expected batch_rows of at least "
                 f"{method.least_rows * phase.accumulation} with accumulation {phase.accumulation}, found {phase.batch_rows}"
             )
-        problems = {data.store: _unlearnable(method, student, manifest.rows) for data in phase.data if (manifest := manifests[data.store])}
+        problems = {data.store: unlearnable(method, student, manifest.rows) for data in phase.data if (manifest := manifests[data.store])}
         if problems and all(problems.values()):
             raise ValueError(f"methods: {spec.name}: " + "; ".join(f"the rows of {store} {problem}" for store, problem in problems.items()))
+        taught_rows = [
+            manifest.rows for data in (*phase.data, *phase.evaluate) if data in taught_by and (manifest := manifests[data.store])
+        ]
+        check_domains(spec.name, method, taught_rows)
+    held_out = manifests.get(phase.meta.store) if phase.meta else None
+    check_meta(phase, methods, student, held_out.rows if held_out else None)
     return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes)
 
 
@@ -277,7 +284,7 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
     for data in (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else [])):
         if data.store == store and data.split not in rows.splits:
             raise ValueError(f"{store} has no split {data.split!r}{did_you_mean(data.split, sorted(rows.splits))}")
-    if problem := _label_problem(shape, rows.task):
+    if problem := label_problem(shape, rows.task):
         raise ValueError(f"the student has {shape.labels} outputs, the labels of {store} {problem}")
     found = tokenizer_fingerprint(load_tokenizer(blueprint.tokenizer))
     if found != rows.tokenizer:
@@ -286,33 +293,3 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
             f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
             "or start the student from the store's teacher"
         )
-
-
-def _unlearnable(method: Method, student: ModelShape, rows: RowsInfo) -> str:
-    """Why ``method`` can learn nothing from ``rows``; empty if it can."""
-    positions = {key.positions for key in method.student_keys}
-    if method.reads_labels and rows.task.kind == "none":
-        return "have no labels (rows.label in the dump's recipe names them); kd learns without them with alpha: 1"
-    if "masked" in positions and rows.objective != "mlm":
-        return f"have no masked words; build rows with objective: mlm (found {rows.objective})"
-    if "labels" in positions and rows.objective == "plain" and rows.task.kind != "token":
-        return "have no labelled tokens; build rows with objective: mlm or causal, or with labels of tokens"
-    if method.reads_phrases and all(array.name != "phrases" for array in rows.token_arrays):
-        return "have no phrases (rows.phrases in the dump's recipe marks them)"
-    if method.reads_domains and not rows.domains:
-        return "have no domains (rows.domain in the dump's recipe names their column)"
-    reads_task = any(key.site == "task_logits" for key in method.student_keys)
-    if reads_task and rows.task.kind == "choice" and student.head != "multiple_choice":
-        return f"are choices of questions, which take a student with head multiple_choice, found {student.head}"
-    return ""
-
-
-def _label_problem(student: ModelShape, task: Task) -> str:
-    """Why the labels of ``task`` cannot be those of the student's task head; empty if they can, or if there are none."""
-    if (student.head, task.kind) in (("classification", "classification"), ("token_classification", "token")):
-        return "" if student.labels == len(task.classes) else f"have {len(task.classes)} classes"
-    if student.head == "classification" and task.kind == "regression" and student.labels != 1:
-        return "are scores, which take one"
-    if student.head == "multiple_choice" and task.kind in ("classification", "regression", "token"):
-        return f"are of kind {task.kind}; a multiple_choice head takes rows built with choices"
-    return ""

@@ -35,7 +35,8 @@ class Step:
     teacher: Features
     """What the method reads of its teacher."""
     meta: tuple[Batch, Features] | None
-    """Rows of the phase's ``meta`` data and what the method reads of the teacher there; None where the phase has none."""
+    """Rows of the phase's ``meta`` data and what the method reads of the teacher there (empty where that data has none); None where the
+    phase has no such data."""
 
     def run(self, batch: Batch, keys: Iterable[FeatureKey]) -> Features:
         """The student's ``keys`` on ``batch``, with gradient."""

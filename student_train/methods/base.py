@@ -87,6 +87,8 @@ class Method(nn.Module):
     """Whether ``learned`` wants to be told."""
     perturbs: bool = False
     """Whether the step is to be taken at embeddings moved by one unit vector along their gradient (LRC-BERT)."""
+    reads_meta: ClassVar[bool] = False
+    """Whether ``prepare`` looks at the labels of held-out rows, the phase's ``meta`` data."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
 
@@ -100,6 +102,8 @@ class Method(nn.Module):
         """Whether a term needs rows with phrases."""
         self.reads_domains = False
         """Whether a term needs rows with domains."""
+        self.domains: int | None = None
+        """How many there are, where something is kept of each."""
         self.moment: Moment = START
         """The optimiser step that its next calls belong to."""
 
