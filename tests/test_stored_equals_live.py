@@ -70,12 +70,11 @@ def qwen(**sizes: int) -> PreTrainedConfig:
     return Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False)
 
 
+LABELS = {"label": {"column": "label", "classes": ["a", "b", "c"]}, "domain": {"column": "genre", "classes": ["x", "y", "z"]}}
 SETTINGS = {
     "mlm": Setting("masked_lm", BertConfig, {"objective": "mlm", "mask_probability": 0.4}),
     "modern": Setting("masked_lm", lambda **sizes: ModernBertConfig(**sizes, local_attention=6), {"objective": "mlm"}),
-    "class": Setting(
-        "classification", BertConfig, {"label": {"column": "label", "classes": ["a", "b", "c"]}, "slot_tokens": 1024}, 1024, 17
-    ),
+    "class": Setting("classification", BertConfig, {**LABELS, "slot_tokens": 1024}, 1024, 17),
     "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
     "packed": Setting("causal_lm", qwen, {"objective": "causal", "long": "pack", "max_length": 32}),
 }
@@ -175,7 +174,8 @@ def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
             setting, folder = SETTINGS[name], tmp_path_factory.mktemp(name)
             random = np.random.default_rng(0)
             lengths = random.permutation([*range(4, 14)] * 2 + [*range(17, 30)] * 2)
-            records = [{"text": " ".join(random.choice(WORDS, length)), "label": "abc"[n % 3]} for n, length in enumerate(lengths)]
+            texts = [" ".join(random.choice(WORDS, length)) for length in lengths]
+            records = [{"text": text, "label": "abc"[n % 3], "genre": "xyz"[n % 7 % 3]} for n, text in enumerate(texts)]
             (folder / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
             tiny_model(setting, 4, seed=1).save_pretrained(folder / "teacher")
             tokenizer().save_pretrained(folder / "teacher")

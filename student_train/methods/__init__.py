@@ -22,11 +22,13 @@ from student_train.methods.distilbert import DistilBERT
 from student_train.methods.fsp import FSP
 from student_train.methods.hid_cls import HidCLS
 from student_train.methods.hid_seq import HidSeq
+from student_train.methods.hrkd import HRKD
 from student_train.methods.kd import KD
 from student_train.methods.lm_kd import LMKD
 from student_train.methods.lm_loss import LMLoss
 from student_train.methods.lrc_bert import LRCBERT
 from student_train.methods.match import Match
+from student_train.methods.meta_kd import MetaKD
 from student_train.methods.mgskd import MGSKD
 from student_train.methods.minilm import MiniLM
 from student_train.methods.minilmv2 import MiniLMv2
@@ -35,6 +37,7 @@ from student_train.methods.mt_bert import MTBERT
 from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
 from student_train.methods.rkd import RKD
+from student_train.methods.rw_kd import RWKD
 from student_train.methods.sentence import Sentence
 from student_train.methods.sid import SID
 from student_train.methods.task_loss import TaskLoss
@@ -73,6 +76,9 @@ METHODS: dict[str, type[Method]] = {
     "contrast": Contrast,
     "ckd": CKD,
     "mgskd": MGSKD,
+    "rw_kd": RWKD,
+    "meta_kd": MetaKD,
+    "hrkd": HRKD,
     "dgkd": DGKD,
     "uncertainty": Uncertainty,
     "tmkd": TMKD,
@@ -96,9 +102,9 @@ def parse_method(name: str, options: dict[str, object], student: ModelShape, tea
         raise ValueError(f"method {name} learns from a teacher, but the phase has none; without one: {alone}")
     try:
         # As JSON, strict types still take a list for a tuple; YAML's other types (dates) become text and fail with a message.
-        parsed = _options_model(cls).model_validate_json(json.dumps(options, default=str), strict=True)
+        parsed = options_model(cls).model_validate_json(json.dumps(options, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError(explain(error, _options_model(cls), f"method {name}")) from None
+        raise ValueError(explain(error, options_model(cls), f"method {name}")) from None
     arguments: dict[str, Any] = {option: getattr(parsed, option) for option in type(parsed).model_fields}
     build: Callable[..., Method] = cls
     try:
@@ -114,7 +120,7 @@ def method_class(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def _options_model(cls: type[Method]) -> type[Strict]:
+def options_model(cls: type[Method]) -> type[Strict]:
     """The keyword-only arguments of a method's ``__init__`` as a strict model."""
     hints = get_type_hints(cls.__init__, include_extras=True)
     options = [option for option in signature(cls).parameters.values() if option.kind is Parameter.KEYWORD_ONLY]

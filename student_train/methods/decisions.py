@@ -5,6 +5,7 @@ Shapes: B rows, U decisions (rows, labelled tokens, or groups of choices), C cla
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from online.batch import IGNORED, Batch
 from store.features import FeatureKey
@@ -61,6 +62,14 @@ def soft_losses(student: Tensor, teacher: Tensor, batch: Batch, shape: ModelShap
     if shape.head == "classification" and shape.labels == 1:
         return mse(student, teacher)
     return kl(decisions(student, batch, shape), decisions(teacher, batch, shape), temperature)
+
+
+def hard_losses(logits: Tensor, batch: Batch, shape: ModelShape) -> Tensor:
+    """[U] supervised loss of each decision, 0 without a label: cross entropy; of scores (one label) the squared error."""
+    if shape.head == "classification" and shape.labels == 1:
+        labels_B = row_labels(batch, shape)
+        return (logits.squeeze(-1) - labels_B.nan_to_num()).square().masked_fill(labels_B.isnan(), 0)
+    return F.cross_entropy(decisions(logits, batch, shape), decision_labels(batch, shape), ignore_index=IGNORED, reduction="none")
 
 
 def score_losses(student_UC: Tensor, teacher_UC: Tensor) -> Tensor:

@@ -47,6 +47,13 @@ def unit_count(batch: Batch, positions: str) -> Tensor:
     return torch.tensor(float(len(batch.mask)), device=batch.mask.device)
 
 
+def row_means(value_U: Tensor, batch: Batch) -> Tensor:
+    """[B] mean over each row's tokens of a number [U] for each of them."""
+    value_BT = value_U.new_zeros(batch.mask.shape)
+    value_BT[batch.mask] = value_U
+    return value_BT.sum(1) / batch.lengths
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """[...] squared difference, mean over the last axis."""
     return (student - teacher).square().mean(-1)
@@ -115,8 +122,18 @@ def map_kl(student_BHTS: Tensor, teacher_BHTS: Tensor, pairs_B1TS: Tensor) -> Te
 
 def map_mse(student_BHTS: Tensor, teacher_BHTS: Tensor, pairs_B1TS: Tensor) -> Tensor:
     """0-d squared difference of scores: sum over the seen pairs, mean over heads."""
+    return _map_squares(student_BHTS, teacher_BHTS, pairs_B1TS).sum()
+
+
+def row_map_mse(student_BHTS: Tensor, teacher_BHTS: Tensor, pairs_B1TS: Tensor) -> Tensor:
+    """[B] squared difference of scores: mean over each row's seen pairs and over heads."""
+    return _map_squares(student_BHTS, teacher_BHTS, pairs_B1TS).sum((1, 2)) / pairs_B1TS.sum((1, 2, 3))
+
+
+def _map_squares(student_BHTS: Tensor, teacher_BHTS: Tensor, pairs_B1TS: Tensor) -> Tensor:
+    """[B, T, S] squared difference, mean over heads; 0 where a pair is not seen."""
     difference_BHTS = student_BHTS.float().masked_fill(~pairs_B1TS, 0) - teacher_BHTS.float().masked_fill(~pairs_B1TS, 0)
-    return difference_BHTS.square().mean(1).sum()
+    return difference_BHTS.square().mean(1)
 
 
 def projection(student_width: int, teacher_width: int) -> nn.Module:

@@ -1,12 +1,12 @@
 """TinyBERT: embeddings, hidden states and attention scores of mapped blocks.
 
-Shapes: B rows, H heads, T tokens (queries), S tokens (keys).
+Shapes: B rows, U tokens that are not padding, L pairs of blocks.
 """
 
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from online.batch import Batch, Features
 from store.features import FeatureKey
@@ -23,7 +23,7 @@ from student_train.methods.base import (
     check_weights,
     layer_pairs,
 )
-from student_train.methods.losses import map_mse, mse, of_blocks, pair_count, shared_pairs, unit_count, vectors
+from student_train.methods.losses import map_mse, mse, of_blocks, pair_count, row_map_mse, row_means, shared_pairs, unit_count, vectors
 
 EMBEDDING = FeatureKey("hidden", 0)
 
@@ -64,13 +64,7 @@ class TinyBERT(Method):
     ) -> None:
         check_weights("tinybert", embedding, hidden, attention)
         blocks = layer_pairs(layers, student, teacher)
-        if attention:
-            check_site("attention_scores", student, teacher)
-            check_equal("numbers of attention heads", student.heads, teacher.heads, "attention: 0 leaves this term out")
-        sites = [site for site, weight in (("hidden", hidden), ("attention_scores", attention)) if weight]
-        student_keys, teacher_keys = block_keys(sites, blocks)
-        below = {EMBEDDING} if embedding else set()
-        super().__init__(student_keys | below, teacher_keys | below)
+        super().__init__(*layer_keys(student, teacher, blocks, embedding, hidden, attention))
         self.blocks, self.student, self.teacher = blocks, student, teacher
         self.embedding, self.hidden, self.attention = embedding, hidden, attention
         self.embedding_projection = nn.Linear(student.width, teacher.width) if embedding else None
@@ -107,3 +101,42 @@ class TinyBERT(Method):
             ]
             terms["attention"] = self.attention * torch.stack(losses).sum()
         return terms
+
+
+def layer_keys(
+    student: ModelShape, teacher: ModelShape, blocks: list[tuple[int, int]], embedding: float, hidden: float, attention: float
+) -> tuple[set[FeatureKey], set[FeatureKey]]:
+    """What terms of these weights read of the student and of the teacher.
+
+    Raises:
+        ValueError: attention of two models with other numbers of heads, or of one that has none to read.
+    """
+    if attention:
+        check_site("attention_scores", student, teacher)
+        check_equal("numbers of attention heads", student.heads, teacher.heads, "attention: 0 leaves this term out")
+    sites = [site for site, weight in (("hidden", hidden), ("attention_scores", attention)) if weight]
+    student_keys, teacher_keys = block_keys(sites, blocks)
+    below = {EMBEDDING} if embedding else set()
+    return student_keys | below, teacher_keys | below
+
+
+def row_embedding(student: Features, teacher: Features, batch: Batch, projection: nn.Module) -> Tensor:
+    """[B] MSE of embeddings, mean over a row's tokens."""
+    return row_means(mse(projection(vectors(student, EMBEDDING, batch)), vectors(teacher, EMBEDDING, batch)), batch)
+
+
+def row_hidden(student: Features, teacher: Features, batch: Batch, blocks: list[tuple[int, int]], projection: nn.Module) -> Tensor:
+    """[L, B] MSE of hidden states of each pair of blocks, mean over a row's tokens."""
+    losses = [
+        mse(projection(vectors(student, FeatureKey("hidden", s), batch)), vectors(teacher, FeatureKey("hidden", t), batch))
+        for s, t in blocks
+    ]
+    return torch.stack([row_means(loss_U, batch) for loss_U in losses])
+
+
+def row_attention(
+    student: Features, teacher: Features, batch: Batch, blocks: list[tuple[int, int]], shapes: tuple[ModelShape, ModelShape]
+) -> Tensor:
+    """[L, B] MSE of attention scores of each pair of blocks, mean over a row's seen pairs of tokens and over heads."""
+    losses = [row_map_mse(*of_blocks(student, teacher, "attention_scores", pair), shared_pairs(batch, *shapes, pair)) for pair in blocks]
+    return torch.stack(losses)

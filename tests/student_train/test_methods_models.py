@@ -69,7 +69,8 @@ def make_batch(head: Head, family: str) -> Batch:
         token_labels[0, [1, 4]], token_labels[2, 3] = torch.tensor([2, 1]), 0
     segments = torch.zeros_like(ids) if family == "bert" else None
     row_labels = torch.tensor([0, 1, 1, 0]) if head == "multiple_choice" else labels
-    return Batch(torch.arange(4), ids, mask, segments, None, None, token_labels, row_labels, torch.tensor([0, 0, 1, 1]))
+    groups, domains = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 2, 0])
+    return Batch(torch.arange(4), ids, mask, segments, None, None, token_labels, row_labels, groups, domains)
 
 
 def longer(batch: Batch) -> Batch:

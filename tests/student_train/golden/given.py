@@ -33,7 +33,7 @@ def shape(sizes: dict[str, object], head: str = "base", labels: int = 0) -> Mode
 
 
 def make_batch(labels: str = "") -> Batch:
-    """Rows of 7, 4 (padded on the left), 2, 5 and 1 tokens; labels by kind."""
+    """Rows of 7, 4 (padded on the left), 2, 5 and 1 tokens, of domains 0 and 2; labels by kind."""
     mask = torch.zeros(5, 8, dtype=torch.bool)
     for row, (start, length) in enumerate([(0, 7), (4, 4), (0, 2), (0, 5), (0, 1)]):
         mask[row, start : start + length] = True
@@ -58,8 +58,9 @@ def make_batch(labels: str = "") -> Batch:
         )
         phrases[3, :5] = torch.tensor([1, 2, 2, 0, 3])
     groups = torch.tensor([3, 3, 9, 9, 9])
+    domains = torch.tensor([0, 2, 2, 0, 2])
     return Batch(
-        torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains=None, phrases=phrases
+        torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains=domains, phrases=phrases
     )
 
 
