@@ -32,8 +32,9 @@ class MGSKD(Method):
       row attend to most, j and k from the ``local_points`` that i attends to most, by the teacher's softmax of the dot products.
 
     Phrases are frozen with the rows (``phrases`` in the dump's recipe); ``phrase: 0`` needs none. GLMKD (Tan et al. 2023, arXiv
-    2306.06629) draws segments of random lengths anew in each step instead. ``uniform`` and ``last`` begin at the embedding output; pairs are taken as they are. W is learned
-    where widths differ, one for all layers, as the authors' code expects states of the teacher's width.
+    2306.06629) draws segments of random lengths anew in each step instead. ``uniform`` and ``last`` begin at the embedding output;
+    pairs are taken as they are. W is learned where widths differ, one for all layers, as the authors' code expects states of the
+    teacher's width.
 
     Weights, 20 points and 2 layers are those of the authors' code. ``heads`` by default is the largest number up to its 64 that divides
     the teacher's width. That code skips rows of fewer than three phrases, and takes the mean over all triplets of tokens, where here each
