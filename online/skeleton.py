@@ -8,12 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
+from online.families import attention_implementation
+from online.models import HEADS, LoadedModel, ModelSpec
 from online.sharding import ShardingError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def of_config(spec: ModelSpec, config: PreTrainedConfig) -> LoadedModel:
+    """The model that ``config`` describes, in eval mode, with random weights or, under a context of meta or fake tensors, without any.
+
+    Its shape and wiring are those of the model that ``spec`` loads. ``config`` becomes the model's own.
+
+    Raises:
+        ValueError: an unknown family, or a head that the family lacks.
+    """
+    if config.pad_token_id is None and spec.head == "classification":
+        config.pad_token_id = 0
+    settings = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention_implementation(config.model_type)}
+    model = HEADS[spec.head].from_config(config, trust_remote_code=spec.trust_remote_code, **settings)  # type: ignore[attr-defined]
+    return LoadedModel.of(model.eval(), spec.head, custom=spec.modules)
 
 
 def load_skeleton(model_class: type, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

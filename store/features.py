@@ -88,6 +88,13 @@ class FeatureKey:
         """Whether a row holds one value instead of one for each of its tokens."""
         return self.positions in PER_ROW
 
+    @property
+    def unit(self) -> str:
+        """What it has a value for, for people: ``row``, ``token`` or ``labelled token``."""
+        if self.per_row:
+            return "row"
+        return "token" if self.positions == "all" else "labelled token"
+
     def of(self, pass_name: str) -> "FeatureKey":
         """The same feature as answered by ``pass_name``."""
         return replace(self, pass_name=pass_name)

@@ -67,7 +67,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a mapping of options, found {type(tree).__name__}")
     for override in overrides:
-        _override(tree, override)
+        set_by_path(tree, override)
     return tree
 
 
@@ -149,7 +149,8 @@ def _cut(name: str) -> str:
     return name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..."
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def set_by_path(tree: dict[str, Any], override: str) -> None:
+    """Set ``key.path=value`` in plain data, in place; raises ValueError where it cannot be read or leads nowhere."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ValueError(f"expected key.path=value, found {override!r}")

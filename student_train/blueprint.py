@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from online.families import FAMILIES
@@ -17,7 +18,7 @@ from online.models import CustomModules, ModelSpec, load_config, model_shape
 from store.features import FeatureKey
 from store.manifest import Task
 from store.shape import Head, ModelShape
-from store.strict import did_you_mean
+from store.strict import did_you_mean, explain
 from student_train.blocks import Source
 from student_train.importance import Look, block_keys, chosen_by_influence, width_keys
 from student_train.narrow import WIDTHS, Sizes, check_sizes
@@ -238,5 +239,7 @@ def plain_errors(where: str) -> Iterator[None]:
         yield
     except StrictDataclassError as error:
         raise ValueError(f"{where}: {error.__cause__ or error}") from None
+    except ValidationError as error:
+        raise ValueError(explain(error, ModelShape, where)) from None
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: {error}") from None

@@ -154,6 +154,43 @@ def needs(recipes: tuple[Path, ...], teacher: Path | None) -> None:
     click.echo(lines([load_yaml(TrainRecipe, recipe) for recipe in recipes], teacher), nl=False)
 
 
+@program.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--teacher",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="A teacher's folder, config.json is enough: show what a dump of what each method reads of it costs.",
+)
+@click.option(
+    "--student",
+    "changes",
+    multiple=True,
+    metavar="OPTION=VALUE",
+    help="With --teacher: what differs in the student's configuration, such as hidden_size=192.  [default: num_hidden_layers, halved]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the options as a JSON schema.")
+def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ...], as_json: bool) -> None:
+    """List all methods, or print those NAMEd in full: what they learn from, what they accept, and their options.
+
+    With --teacher the list says, before anything is dumped, how many bytes a token, row or labelled token the default options of each
+    method need of that teacher, and which methods refuse it or the student, and why.
+    """
+    import json
+
+    from student_train.listing import page, plain, table
+    from student_train.method_reads import pair_of
+    from student_train.methods import METHODS
+
+    if changes and teacher is None:
+        raise click.UsageError("--student goes with --teacher FOLDER")
+    pair = None if teacher is None else pair_of(teacher, changes)
+    if as_json:
+        click.echo(json.dumps(plain(names or tuple(METHODS), pair), indent=1))
+        return
+    click.echo("\n\n\n".join(page(name, pair) for name in names) if names else table(pair))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 done, 2 something to mend (one message on standard error), 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

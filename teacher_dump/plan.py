@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from online.replica import Replica, joined
 from store.errors import FingerprintMismatch
-from store.features import FeatureKey, FeatureSpec, StoreDtype
+from store.features import FeatureSpec, StoreDtype
 from store.provenance import provenance
 from store.reader import Store
 from teacher_dump.accuracy import Live, errors, live, sample, stored_as
@@ -104,7 +104,7 @@ def _report(recipe: DumpRecipe, found: _Findings, replica: Replica, ranks: int |
     for spec in teacher.specs:
         all_bytes = int(cost.features[spec.feature].sum())
         measured = f"{found.errors[spec.key]:.1e}" if spec.key in found.errors and not spec.exact else ""
-        unit = f"{spec.unit_bytes:,} B a {_unit(spec.feature)}{' at most' if spec.compressed else ''}"
+        unit = f"{spec.unit_bytes:,} B a {spec.feature.unit}{' at most' if spec.compressed else ''}"
         lines.append((spec.key, spec.kept_as, unit, f"{all_bytes / info.tokens:,.1f}", size(all_bytes), _bound(spec), measured))
     lines.append(("all", "", "", f"{cost.shards() / info.tokens:,.1f}", size(cost.shards()), "", ""))
     yield table(lines, right="2346")
@@ -163,9 +163,3 @@ def _bound(spec: FeatureSpec) -> str:
         return "exact"
     relative = [f"{spec.error:.1e} relative"] if spec.error else []
     return " + ".join([*relative, *([f"{spec.error_of_largest:.1e} of the largest"] if spec.error_of_largest else [])])
-
-
-def _unit(key: FeatureKey) -> str:
-    if key.per_row:
-        return "row"
-    return "token" if key.positions == "all" else "labelled token"

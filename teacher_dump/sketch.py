@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
 
 from online.batch import IGNORED, Batch
 from online.capture import check_key
-from online.families import attention_implementation, submodule
+from online.families import submodule
 from online.flops import ForwardFlops, forward_flops
-from online.models import HEADS, LoadedModel, ModelSpec, check_length, load_config
+from online.models import check_length, load_config
 from online.planner import Units
+from online.skeleton import of_config
 from online.statics import live_statics
 from store.manifest import Provenance
 from teacher_dump.recipe import DumpRecipe
@@ -184,7 +184,7 @@ def sketch(recipe: DumpRecipe, requests: tuple[Request, ...], units: Units, long
         config.num_labels = spec.labels
     fake = FakeTensorMode()
     with fake:
-        loaded = _loaded(spec, copy.deepcopy(config))
+        loaded = of_config(spec, copy.deepcopy(config))
         for request in requests:
             check_key(loaded, replace(request.key, form=""))
         check_length(loaded, longest)
@@ -194,14 +194,6 @@ def sketch(recipe: DumpRecipe, requests: tuple[Request, ...], units: Units, long
 
 def _bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.nbytes for weight in weights)
-
-
-def _loaded(spec: ModelSpec, config: PreTrainedConfig) -> LoadedModel:
-    if config.pad_token_id is None and spec.head == "classification":
-        config.pad_token_id = 0
-    settings = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention_implementation(config.model_type)}
-    model = HEADS[spec.head].from_config(config, trust_remote_code=spec.trust_remote_code, **settings)  # type: ignore[attr-defined]
-    return LoadedModel.of(model.eval(), spec.head, custom=spec.modules)
 
 
 def _batch(rows: int, tokens: int, labelled: int) -> Batch:
