@@ -66,19 +66,24 @@ class RWKD(Method):
 
     def prepare(self, step: Step) -> None:
         assert step.meta is not None
-        weights = [weight for weight in step.student.model.parameters() if weight.requires_grad]
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):  # in the backward passes too, which may compute activations again
             held_out, student = (step.run(batch, self.student_keys) for batch in (step.meta[0], step.batch))
-        with torch.autocast(step.batch.mask.device.type, enabled=False):
-            label = label_loss(vectors(held_out, self.key, step.meta[0]), step.meta[0], self.shape)
-            aim_P = summed(_flat(torch.autograd.grad(label, weights, allow_unused=True), weights), self.training)
-            loss_K = torch.cat(list(self._losses(student, step.teacher, step.batch).values()))
-            u_K = torch.zeros_like(loss_K, requires_grad=True)
-            slope_P = _flat(torch.autograd.grad(loss_K, weights, u_K, create_graph=True, allow_unused=True), weights)
-            (gain_K,) = torch.autograd.grad((slope_P * aim_P).sum(), u_K)
-        helpful_K, losses = gain_K.clamp(min=0), torch.stack(list(self.counts(step.batch).values())).sum()
-        total, number = summed(torch.stack([helpful_K.sum(), losses]), self.training)
+            with torch.autocast(step.batch.mask.device.type, enabled=False):
+                label = label_loss(vectors(held_out, self.key, step.meta[0]), step.meta[0], self.shape)
+                losses = self._losses(student, step.teacher, step.batch)
+                weights = [weight for weight in step.student.model.parameters() if weight.requires_grad]
+                gain_K = self._gains(label, torch.cat(list(losses.values())), weights)
+        helpful_K, number = gain_K.clamp(min=0), torch.stack(list(self.counts(step.batch).values())).sum()
+        total, number = summed(torch.stack([helpful_K.sum(), number]), self.training)
         self.weight_K = helpful_K * (number / total) if total > 0 else helpful_K
+
+    def _gains(self, label: Tensor, loss_K: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """[K] products of each loss's gradient in ``weights`` with that of the held-out loss ``label``, summed over ranks."""
+        aim_P = summed(_flat(torch.autograd.grad(label, weights, allow_unused=True), weights), self.training)
+        u_K = torch.zeros_like(loss_K, requires_grad=True)
+        slope_P = _flat(torch.autograd.grad(loss_K, weights, u_K, create_graph=True, allow_unused=True), weights)
+        (gain_K,) = torch.autograd.grad((slope_P * aim_P).sum(), u_K)
+        return gain_K
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         losses = self._losses(student, teacher, batch)
