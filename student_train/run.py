@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from student_train.evaluate import HeldOut, evaluate, held_out_rows
 from student_train.export import Lineage, export
 from student_train.init import build, check_start
 from student_train.methods.base import Method
+from student_train.moment import START
 from student_train.outline import Keys, Outline, outline, score_names
 from student_train.output import (
     CHECKPOINTS,
@@ -167,6 +169,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             check_length(start.student, store.rows.longest)
         sources = [_source(one, data, stores[data.store]) for data in phase.data]
         meta = None if phase.meta is None else _source(one, phase.meta, stores[phase.meta.store])
+        bundle.begin(replace(START, seed=recipe.seed))
         bundle.survey(lambda: survey(sources))
         held_out = [_held_out(one, data, stores[data.store]) for data in phase.evaluate]
         if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
