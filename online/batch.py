@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from store.features import FeatureKey
+from store.features import FeatureKey, neurons
 
 BUCKET = 16
 """Rows are padded to a multiple of this many tokens."""
@@ -125,8 +125,8 @@ class Selected(NamedTuple):
 
 Value = Tensor | TopK | Selected
 """What a feature is in a batch. Leading dimensions by positions: ``all`` [B, T, W] with zeros on padding;
-``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W]. attention_scores and attention_probs are
-[B, heads, T, T]."""
+``leftL`` [B, L, W] with zeros where a row is shorter; ``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W].
+W is M in the form ``widthM``. attention_scores and attention_probs are [B, heads, T, T]."""
 
 Features = dict[FeatureKey, Value]
 
@@ -139,7 +139,7 @@ def dense(features: Features, key: FeatureKey) -> Tensor:
 
 
 def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
-    """Keep the tokens of ``value_BTW`` [B, T, W] that ``positions`` names: [B, T, W], [B, W] or [N, W].
+    """Keep the tokens of ``value_BTW`` [B, T, W] that ``positions`` names: [B, T, W], [B, L, W], [B, W] or [N, W].
 
     The mean is taken in float32 and cast back.
     """
@@ -156,4 +156,19 @@ def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
         return (total_BW / batch.lengths[:, None]).to(value_BTW.dtype)
     if positions in ("masked", "labels"):
         return value_BTW.flatten(0, 1)[batch.scored]
+    if positions.startswith("left"):
+        real_BL = leftmost(batch, int(positions.removeprefix("left")))
+        place_BL = batch.mask.int().argmax(1)[:, None] + torch.arange(real_BL.shape[1], device=real_BL.device)
+        place_BLW = place_BL.clamp(max=batch.mask.shape[1] - 1)[..., None].expand(-1, -1, value_BTW.shape[-1])
+        return value_BTW.gather(1, place_BLW).masked_fill(~real_BL[..., None], 0)
     raise ValueError(f"{positions!r} is no choice of tokens")
+
+
+def leftmost(batch: Batch, tokens: int) -> Tensor:
+    """[B, L] bool: which of the first L = ``tokens`` tokens each row has."""
+    return torch.arange(tokens, device=batch.mask.device) < batch.lengths[:, None]
+
+
+def narrowed(value: Tensor, kept: int) -> Tensor:
+    """[..., M] the M = ``kept`` numbers of the vectors ``value`` [..., W] that the form ``widthM`` keeps."""
+    return value[..., torch.tensor(neurons(value.shape[-1], kept), device=value.device)]

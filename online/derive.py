@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from online.batch import Batch, Features, Value, dense, take
+from online.batch import Batch, Features, Value, dense, narrowed, take
 from online.masks import pair_mask, token_positions
 from online.vocabulary import top_k
 from store.features import FeatureKey
@@ -125,6 +125,10 @@ def _taken(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tens
 
 def _likeliest(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Value:
     return top_k(sources[0], int(key.form.removeprefix("top")))
+
+
+def _narrowed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
+    return narrowed(sources[0], key.kept)
 
 
 def _normed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
@@ -268,8 +272,11 @@ class Step:
 
 def steps(key: FeatureKey, shape: ModelShape, wiring: Wiring) -> list[Step]:
     """Every way to get ``key`` in one step, those that compute the fewest tokens first."""
-    if key.form:
+    if key.words:
         return [] if key.form == "select" else [Step((replace(key, form=""),), (), _likeliest)]
+    if key.kept:
+        whole = [Step((replace(key, form=""),), (), _narrowed)]
+        return whole if key.positions == "all" else [*whole, Step((key.at("all"),), (), _taken)]
     if key.site in PAIRWISE and key.positions != "all":
         return []
     found = []

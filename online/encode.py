@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, Selected, TopK, Value, take
+from online.batch import IGNORED, Batch, Selected, TopK, Value, narrowed, take
 from online.encoded import Encoded, as_stored
 from online.vocabulary import parts, select, top_k
 from store.codecs import float8, int8
@@ -65,17 +65,21 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
         packed = tensors["values"] * tensors["scale"]
     else:
         (packed,) = tensors.values()
+    if key.leftmost and isinstance(packed, Tensor):
+        packed = packed.unflatten(1, (key.leftmost, -1))
     return padded_value(key, packed, batch)
 
 
 def reduced(key: FeatureKey, packed: Value, batch: Batch, ids: Sequence[int] = ()) -> Value:
-    """Packed logits [U, V] in the form that ``key`` names; anything else as it is."""
-    return _form(key, packed, _labels(key, batch), ids) if key.form and isinstance(packed, Tensor) else packed
+    """Packed logits [U, V] or vectors [U, W] in the form that ``key`` names; anything else as it is."""
+    if not key.form or not isinstance(packed, Tensor):
+        return packed
+    return narrowed(packed, key.kept) if key.kept else _form(key, packed, _labels(key, batch), ids)
 
 
 def _packed_and_reduced(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[int]) -> Value:
     """Logits of all tokens a few at a time: packing all of them first would double their memory, and the time that it takes to get it."""
-    if not key.form or not isinstance(value, Tensor) or key.positions != "all":
+    if not key.words or not isinstance(value, Tensor) or key.positions != "all":
         return reduced(key, packed_value(key, value, batch), batch, ids)
     logits_NV, labels_U = value.flatten(0, 1), _labels(key, batch)
     count = parts(value, len(batch.real))

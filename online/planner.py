@@ -66,7 +66,7 @@ def plan(requests: Mapping[FeatureKey, StoreDtype], shape: ModelShape, wiring: W
             raise ValueError(f"{key} can be neither stored nor derived: {_reason(key, shape, wiring)}")
 
     def price(key: FeatureKey, dtype: StoreDtype) -> float:
-        return units.of(key) * feature_spec(key, dtype, shape.width_of(key.site)).unit_bytes
+        return units.of(key) * feature_spec(key, dtype, shape.unit_width(key)).unit_bytes
 
     return _explained(requests, _cheapest(requests, covers, shape, price), None, shape, wiring)
 

@@ -144,7 +144,7 @@ def _info(name: str, info: PassInfo, pairs: Pairs, keeping: Keeping, settle: Set
 
     def renamed(text: str) -> str:
         key = FeatureKey.parse(text)
-        whole = key.site.startswith("attention") or (key.form and keeping.positions == "mean")  # these exist for all tokens only
+        whole = key.site.startswith("attention") or (key.words and keeping.positions == "mean")  # these exist for all tokens only
         return text if whole else str(keeping.key(key))
 
     requested = info.requested if keeping.positions is None else tuple(dict.fromkeys(map(renamed, info.requested)))

@@ -36,13 +36,16 @@ POSITIONS: dict[str, str] = {
     "labels": "the tokens whose logits are scored against a label",
     "row": "the row as a whole",
 }
+"""And ``leftN``: the row's first N tokens as one value, N times as wide; zeros where the row is shorter."""
 PER_ROW = frozenset({"first", "last", "mean", "row"})
+VECTORS = SITES.keys() - {"attention_scores", "attention_probs", "lm_logits", "task_logits"}
+"""Sites with a hidden vector for each token, of which ``leftN`` and the form ``widthM`` keep a part."""
 
 _KEY = re.compile(
     r"(?:(?P<pass_name>[A-Za-z0-9][A-Za-z0-9_-]*)/)?(?P<site>[a-z_]+)(?:\.(?P<layer>\d+))?"
-    r"(?:@(?P<positions>[a-z]+))?(?::(?P<form>[a-z]+\d*))?"
+    r"(?:@(?P<positions>[a-z]+\d*))?(?::(?P<form>[a-z]+\d*))?"
 )
-_FORM = re.compile(r"top[1-9]\d*|select")
+_WORDS, _WIDTH, _LEFT = re.compile(r"top[1-9]\d*|select"), re.compile(r"width([1-9]\d*)"), re.compile(r"left([1-9]\d*)")
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +54,8 @@ class FeatureKey:
 
     ``pass_name`` is empty for a student's feature and for a teacher's until the recipe names the pass. ``form`` is
     empty for the values themselves; ``topK`` (word logits only) is the K likeliest words with their tail mass,
-    ``select`` the logits of chosen words and of the true one with the log-sum-exp of all.
+    ``select`` the logits of chosen words and of the true one with the log-sum-exp of all; ``widthM`` (hidden vectors only) M
+    numbers of each vector, those that ``neurons`` names.
     """
 
     site: str
@@ -69,10 +73,14 @@ class FeatureKey:
                 if self.site in LAYERED
                 else f"{self.site!r} has no layers, found {self.site}.{self.layer}"
             )
-        if self.positions not in POSITIONS:
-            raise ValueError(f"unknown positions {self.positions!r}{did_you_mean(self.positions, sorted(POSITIONS))}")
-        if self.form and (not _FORM.fullmatch(self.form) or self.site != "lm_logits"):
-            raise ValueError(f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64) and select")
+        if self.positions not in POSITIONS and not (self.leftmost and self.site in VECTORS):
+            also = "; hidden vectors also have leftN, such as left10"
+            raise ValueError(f"unknown positions {self.positions!r} of {self.site}{did_you_mean(self.positions, sorted(POSITIONS))}{also}")
+        if self.form and not ((self.words and self.site == "lm_logits") or (self.kept and self.site in VECTORS)):
+            raise ValueError(
+                f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64) and select, hidden vectors have widthM "
+                "(such as width64)"
+            )
 
     def __str__(self) -> str:
         form = f":{self.form}" if self.form else ""
@@ -86,7 +94,7 @@ class FeatureKey:
     @property
     def per_row(self) -> bool:
         """Whether a row holds one value instead of one for each of its tokens."""
-        return self.positions in PER_ROW
+        return self.positions in PER_ROW or self.leftmost > 0
 
     @property
     def unit(self) -> str:
@@ -94,6 +102,23 @@ class FeatureKey:
         if self.per_row:
             return "row"
         return "token" if self.positions == "all" else "labelled token"
+
+    @property
+    def leftmost(self) -> int:
+        """N of the positions ``leftN``; 0 for others."""
+        match = _LEFT.fullmatch(self.positions)
+        return int(match[1]) if match else 0
+
+    @property
+    def words(self) -> bool:
+        """Whether its form is one of word predictions."""
+        return _WORDS.fullmatch(self.form) is not None
+
+    @property
+    def kept(self) -> int:
+        """M of the form ``widthM``; 0 for others."""
+        match = _WIDTH.fullmatch(self.form)
+        return int(match[1]) if match else 0
 
     def of(self, pass_name: str) -> "FeatureKey":
         """The same feature as answered by ``pass_name``."""
@@ -114,6 +139,19 @@ class FeatureKey:
         return cls(
             site, None if layer is None else int(layer), match["positions"] or default, match["form"] or "", match["pass_name"] or ""
         )
+
+
+def neurons(width: int, kept: int) -> list[int]:
+    """Which of ``width`` numbers the form ``widthM`` keeps, for M = ``kept``: number i * width / M, rounded down, for i from 0 to M - 1.
+
+    Evenly spaced, so that no draw has to be stored (Liu et al. 2021, arXiv 2106.05691: uniform masks).
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not 1 <= kept <= width:
+        raise ValueError(f"width{kept}: expected 1 to {width} numbers, all that there are")
+    return [number * width // kept for number in range(kept)]
 
 
 Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float64", "int32", "int8", "uint16", "uint8"]

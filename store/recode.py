@@ -43,10 +43,10 @@ class Keeping:
         key = self.key(old.feature)
         numbers = next(array for array in old.arrays if array.name != "ids")
         stored: StoreDtype = old.codec if old.codec in ("int8", "float8") else numbers.dtype  # type: ignore[assignment]
-        dtype = self.dtype if self.dtype is not None and (not key.form or self.dtype in MANTISSA) else stored
+        dtype = self.dtype if self.dtype is not None and (not key.words or self.dtype in MANTISSA) else stored
         bits = self.keep_bits if self.keep_bits is not None else numbers.keep_bits if dtype == stored else None
         compression = self.compression if self.compression is not None else "zstd" if old.compressed else "none"
-        new = feature_spec(key, dtype, vocabulary if key.form else numbers.width, old.ids, bits, compression)
+        new = feature_spec(key, dtype, vocabulary if key.words else numbers.width, old.ids, bits, compression)
         if same_numbers(old, new) and key.positions != "mean":
             return new.model_copy(update={"error": old.error, "error_of_largest": old.error_of_largest})
         error = old.error + new.error * (1 + old.error)
@@ -61,7 +61,7 @@ class Keeping:
         """
         if self.positions is None or key.positions != "all":
             return key
-        if self.positions == "mean" and key.form:
+        if self.positions == "mean" and key.words:
             raise ValueError(f"{key}: word predictions have no mean; expected positions {', '.join(POSITIONS[:2])} or labels")
         return key.at(self.positions)
 
@@ -102,7 +102,7 @@ def _recoded(store: Store, pass_name: str, old: FeatureSpec, new: FeatureSpec, r
     values = decode(old, arrays)
     if mean:
         values = {"": _means(values[""], store.rows.at(rows))}
-    as_forms = {array.name: cast.stored(values[array.name], array) for array in new.arrays if new.feature.form}
+    as_forms = {array.name: cast.stored(values[array.name], array) for array in new.arrays if new.feature.words}
     found = as_forms or encode(new, values[""])
     _check_finite(new, values, found)
     return found

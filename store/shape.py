@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from store.features import FeatureKey
 from store.strict import Strict
 
 Head = Literal["base", "masked_lm", "causal_lm", "classification", "token_classification", "multiple_choice"]
@@ -51,6 +52,10 @@ class ModelShape(Strict):
             "task_logits": self.labels,
         }
         return widths[site]
+
+    def unit_width(self, key: FeatureKey) -> int:
+        """Stored width of one unit of ``key``; for the forms of word predictions that of the logits they are made of."""
+        return (key.kept or self.width_of(key.site)) * (key.leftmost or 1)
 
 
 class Wiring(Strict):

@@ -77,7 +77,7 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
     """
     shape, wiring = teacher.loaded.shape, teacher.loaded.wiring
     statics = float_statics(live_statics(teacher.loaded, teacher.plan.statics))
-    wanted = [*(spec.feature for spec in specs if not spec.feature.form), *teacher.plan.derived]
+    wanted = [*(spec.feature for spec in specs if not spec.feature.words), *teacher.plan.derived]
     sums = {key: np.zeros(2) for key in wanted}
     for answer in answers:
         batch, stored = answer.batch, {}
@@ -97,8 +97,8 @@ def stored_as(teacher: TeacherPass, dtype: StoreDtype) -> list[FeatureSpec]:
     """What the store would hold with every number in ``dtype`` and without rounding; words are kept in float types only."""
     return [
         spec
-        if spec.feature.form and dtype not in MANTISSA
-        else feature_spec(spec.feature, dtype, teacher.loaded.shape.width_of(spec.feature.site), spec.ids)
+        if spec.feature.words and dtype not in MANTISSA
+        else feature_spec(spec.feature, dtype, teacher.loaded.shape.unit_width(spec.feature), spec.ids)
         for spec in teacher.specs
     ]
 

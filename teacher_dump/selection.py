@@ -10,7 +10,7 @@ from online.derive import PAIRWISE
 from online.families import FAMILIES
 from online.rows import RowsSpec
 from store.codecs import check_bits, codec_of
-from store.features import MANTISSA, Compression, FeatureKey, StoreDtype
+from store.features import MANTISSA, Compression, FeatureKey, StoreDtype, neurons
 from store.shape import Head, ModelShape
 from teacher_dump.recipe import DumpRecipe, FeatureRequest
 
@@ -129,6 +129,8 @@ def _check(key: FeatureKey, shape: ModelShape) -> None:
         raise ValueError(f"expected {'task_logits@row' if row else f'{key.name}@all'} of a teacher with head {shape.head}, found {key}")
     if key.site in PAIRWISE and key.positions != "all":
         raise ValueError(f"{key.site} has a value for each pair of tokens; expected {key.at('all')}, found {key}")
+    if key.kept:
+        neurons(shape.width_of(key.site), key.kept)
     if key.form.startswith("top") and int(key.form.removeprefix("top")) > shape.vocab:
         raise ValueError(f"the teacher knows {shape.vocab} words, fewer than {key.form} asks for")
 

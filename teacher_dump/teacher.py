@@ -118,7 +118,7 @@ def pass_of(
     specs = []
     for key, dtype in sorted(what.stored.items()):
         keep_bits, compression = _room(key, requests, what)
-        specs.append(feature_spec(key, dtype, loaded.shape.width_of(key.site), ids.get(key, ()), keep_bits, compression))
+        specs.append(feature_spec(key, dtype, loaded.shape.unit_width(key), ids.get(key, ()), keep_bits, compression))
     info = PassInfo(
         teacher=fingerprint,
         model=str(recipe.teacher.model),

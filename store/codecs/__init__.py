@@ -50,7 +50,7 @@ def codec_of(key: FeatureKey, dtype: StoreDtype) -> str:
     Raises:
         ValueError: the key's form is kept in float types only.
     """
-    if not key.form:
+    if not key.words:
         return "cast" if dtype in MANTISSA else dtype
     if dtype not in MANTISSA:
         raise ValueError(

@@ -27,6 +27,7 @@ from student_train.methods.kd import KD
 from student_train.methods.lm_kd import LMKD
 from student_train.methods.lm_loss import LMLoss
 from student_train.methods.lrc_bert import LRCBERT
+from student_train.methods.marginal_utility import MarginalUtility
 from student_train.methods.match import Match
 from student_train.methods.meta_kd import MetaKD
 from student_train.methods.mgskd import MGSKD
@@ -56,6 +57,7 @@ METHODS: dict[str, type[Method]] = {
     "lm_kd": LMKD,
     "hid_cls": HidCLS,
     "hid_seq": HidSeq,
+    "marginal_utility": MarginalUtility,
     "pkd": PKD,
     "alp_kd": ALPKD,
     "rail_kd": RAILKD,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from online.batch import Batch, Features, dense
+from online.batch import Batch, Features, dense, leftmost
 from online.masks import pair_mask
 from store.features import FeatureKey
 from store.shape import ModelShape
@@ -19,7 +19,9 @@ MASKED = -1e30
 
 
 def units(value: Tensor, batch: Batch, positions: str) -> Tensor:
-    """[U, ...] float32: the valid tokens of a value at ``all``, the value itself at other positions."""
+    """[U, ...] float32: the valid tokens of a value at ``all`` or ``leftN``, the value itself at other positions."""
+    if positions.startswith("left"):
+        value = value[leftmost(batch, value.shape[1])]
     return (value[batch.mask] if positions == "all" else value).float()
 
 
@@ -44,6 +46,8 @@ def unit_count(batch: Batch, positions: str) -> Tensor:
         return batch.mask.sum().float()
     if positions in ("masked", "labels"):
         return batch.labelled.sum().float()
+    if positions.startswith("left"):
+        return batch.lengths.clamp(max=int(positions.removeprefix("left"))).sum().float()
     return torch.tensor(float(len(batch.mask)), device=batch.mask.device)
 
 

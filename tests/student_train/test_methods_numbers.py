@@ -17,7 +17,7 @@ from case import Case, all_cases, modules
 from given import Given, make_batch, make_features, shape
 
 from online.batch import IGNORED, Batch, Features, TopK, Value
-from store.features import FeatureKey
+from store.features import FeatureKey, neurons
 from store.shape import ModelShape
 from student_train.methods import METHODS, parse_method
 from student_train.methods.base import Method
@@ -217,8 +217,12 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_that_of_labels(name: str
                 torch.nn.init.zeros_(module.bias)
     keys = {key.of("") for key in given.method.teacher_keys} | {key for key in given.method.student_keys if not key.form}
     teacher = make_features(frozenset(keys), given.shape, given.batch, 3)
-    for key in [key for key in teacher if key.form]:
+    for key in [key for key in teacher if key.words]:
         teacher[key] = top_of(teacher[FeatureKey("lm_logits", None, key.positions)], int(key.form[3:]))
+    for key in [key for key in teacher if key.kept]:
+        whole = teacher[dataclasses.replace(key, form="")]
+        assert isinstance(whole, Tensor)
+        teacher[key] = whole[..., neurons(whole.shape[-1], key.kept)]
     answers = {key: teacher[key.of("")] for key in given.method.teacher_keys}
     terms = given.method({key: teacher[key] for key in given.method.student_keys}, answers, given.batch)
     for term in set(terms) - {"hard", "mlm"}:

@@ -85,14 +85,17 @@ def make_value(key: FeatureKey, one: ModelShape, batch: Batch, generator: torch.
         unseen = ~(table_of(one, key.layer) & batch.mask[:, None, None, :])
         scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min)
         return scores if key.site == "attention_scores" else scores.softmax(-1)
-    width = one.width_of(key.site)
+    width = key.kept or one.width_of(key.site)
+    if key.leftmost:
+        real = torch.arange(key.leftmost) < batch.lengths[:, None]
+        return torch.randn(rows, key.leftmost, width, generator=generator) * 2 * real[..., None]
     if key.positions == "all":
         value = torch.randn(rows, tokens, width, generator=generator) * 2 * batch.mask[..., None]
     elif key.positions in ("labels", "masked"):
         value = torch.randn(int(batch.labelled.sum()), width, generator=generator) * 2
     else:
         value = torch.randn(rows, width, generator=generator) * 2
-    if not key.form:
+    if not key.words:
         return value
     log_probs, ids = value.log_softmax(-1).topk(int(key.form.removeprefix("top")))
     tail = (1 - log_probs.double().exp().sum(-1)).clamp(min=0).log().clamp(min=torch.finfo(torch.float32).min).float()
