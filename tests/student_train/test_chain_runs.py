@@ -40,7 +40,7 @@ def test_a_chain_trains_assistant_and_student_and_skips_what_is_done(whole: tupl
     folder, said = whole
     assert "step 1 of 4: teacher-dump run dump.yaml\n" in said
     assert "step 3 of 4: teacher-dump run dump.yaml pass_name=assistant teacher.model=out/assistant/student 'ship_layers=[1, 3]'\n" in said
-    assert said.count(" took 0:00:") == 4
+    assert said.count(" took 0:0") == 4
     assert "all 4 steps are done, in 0:0" in said
     manifest = yaml.safe_load((folder / "features" / "manifest.json").read_text())
     assert [manifest["passes"][name]["shape"]["layers"] for name in ("teacher", "assistant")] == [4, 3]
@@ -55,11 +55,8 @@ def test_a_chain_trains_assistant_and_student_and_skips_what_is_done(whole: tupl
     assert "phase 'assistant' is finished" in said
 
 
-def test_a_killed_chain_goes_on_and_ends_in_the_same_student(
-    whole: tuple[Path, str], tiny_chain: ModuleType, stores: ModuleType, tmp_path: Path
-) -> None:
-    folder = tiny_chain.write_chain(tmp_path / "long", stores, steps=12)
-    undisturbed = tiny_chain.copied(folder, tmp_path / "undisturbed")
+def test_a_killed_chain_goes_on_and_ends_in_the_same_student(whole: tuple[Path, str], tiny_chain: ModuleType, tmp_path: Path) -> None:
+    folder = tiny_chain.copied(whole[0], tmp_path / "killed")
     process = tiny_chain.start(folder, "chain.yaml")
     checkpoints = folder / "out" / "assistant" / "checkpoints"
     wait_for(lambda: any(checkpoints.glob("checkpoint-*")), process)
@@ -77,9 +74,7 @@ def test_a_killed_chain_goes_on_and_ends_in_the_same_student(
     code, said = tiny_chain.ended(tiny_chain.start(folder, "chain.yaml"))
     assert code == 0, said
     assert "phase 'assistant' is finished" in said
-    code, said = tiny_chain.ended(tiny_chain.start(undisturbed, "chain.yaml"))
-    assert code == 0, said
-    assert (folder / tiny_chain.STUDENT).read_bytes() == (undisturbed / tiny_chain.STUDENT).read_bytes()
+    assert (folder / tiny_chain.STUDENT).read_bytes() == (whole[0] / tiny_chain.STUDENT).read_bytes()
 
 
 def test_printed_lines_typed_in_a_shell_give_the_same_student(whole: tuple[Path, str], tiny_chain: ModuleType, tmp_path: Path) -> None:
@@ -106,14 +101,14 @@ def test_a_step_that_fails_ends_the_chain_with_its_code(whole: tuple[Path, str],
     assert "Traceback" not in said
 
 
-def test_sigterm_ends_the_step_and_the_chain(whole: tuple[Path, str], tiny_chain: ModuleType, stores: ModuleType, tmp_path: Path) -> None:
-    folder = tiny_chain.write_chain(tmp_path / "ended", stores, steps=2000)
-    process = tiny_chain.start(folder, "chain.yaml")
+def test_sigterm_ends_the_step_and_the_chain(whole: tuple[Path, str], tiny_chain: ModuleType, tmp_path: Path) -> None:
+    folder = tiny_chain.copied(whole[0], tmp_path / "ended")
+    process = tiny_chain.start(folder, "chain.yaml", "steps.1.set=[phases.0.steps=2000]")
     wait_for(lambda: any((folder / "out").rglob("checkpoint-*")), process)
     process.terminate()
     code, said = tiny_chain.ended(process)
     assert code == 143
-    assert "step 2 of 4 (student-train run train.yaml --phase assistant) ended with exit code 143" in said
+    assert "step 2 of 4 (student-train run train.yaml phases.0.steps=2000 --phase assistant) ended with exit code 143" in said
     assert "Traceback" not in said
     newest = max((folder / "out").rglob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
     time.sleep(1)
@@ -127,5 +122,5 @@ def test_steps_may_be_done_by_several_ranks(whole: tuple[Path, str], tiny_chain:
     code, said = tiny_chain.ended(tiny_chain.start(folder, "chain.yaml"))
     assert code == 0, said
     assert "torchrun --standalone --nproc-per-node=2 -m student_train.cli run train.yaml --phase assistant" in said
-    both = (folder / "out" / "assistant" / "checkpoints" / "checkpoint-2").glob("rng_state*")
+    both = (folder / "out" / "assistant" / "checkpoints" / "checkpoint-8").glob("rng_state*")
     assert sorted(path.name for path in both) == ["rng_state_0.pth", "rng_state_1.pth"]

@@ -15,8 +15,8 @@ STUDENT = "out/student/student/model.safetensors"
 QUIET = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "save_steps": 1}
 
 
-def write_chain(folder: Path, stores: ModuleType, steps: int = 2) -> Path:
-    """``folder`` with teacher, texts and the recipes dump.yaml, train.yaml (phases of so many ``steps``) and chain.yaml."""
+def write_chain(folder: Path, stores: ModuleType) -> Path:
+    """``folder`` with teacher, texts and the recipes dump.yaml, train.yaml (phases of 8 steps) and chain.yaml."""
     folder.mkdir(parents=True)
     stores.write_text(folder, rows=24)
     stores.write_teacher(folder / "teacher", "classification")
@@ -27,7 +27,7 @@ def write_chain(folder: Path, stores: ModuleType, steps: int = 2) -> Path:
         "rows": {"sources": sources, "max_length": 16, "slot_tokens": 128, "label": label},
         "features": ["task_logits@row"], "ship_layers": [1, 2, 4], "device": "cpu", "batch_tokens": 128,
     }  # fmt: skip
-    common = {"methods": [{"name": "kd"}], "steps": steps, "batch_rows": 8, "trainer": QUIET}
+    common = {"methods": [{"name": "kd"}], "steps": 8, "batch_rows": 8, "trainer": QUIET}
     phases = [
         {"name": "assistant", "student": {"layers": [1, 2, 4]}, "data": [{"store": "features", "pass_name": "teacher"}], **common},
         {"name": "student", "student": {"layers": [1, 3]}, "data": [{"store": "features", "pass_name": "assistant"}], **common},
