@@ -57,6 +57,7 @@ class Sentence(Method):
         super().__init__({student_key}, {teacher_key})
         self.student_key, self.teacher_key = student_key, teacher_key
         self.cosine, self.mse, self.similarity = cosine, mse, similarity
+        self.least_rows = 2 if similarity else 1
         self.projection = projection(student.width, teacher.width) if cosine or mse else None
 
     def counts(self, batch: Batch) -> Terms:

@@ -82,6 +82,12 @@ def test_what_cannot_be_carried_is_refused_before_anything_trains(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_that_must_go_on_from_an_earlier_phase_says_so(sentiment: Path, tmp_path: Path) -> None:
+    distil = {"methods": [{"name": "universal_kd", "options": {"stage": "distil"}}], "student": {"layers": [2, 4]}}
+    with pytest.raises(ValueError, match="universal_kd goes on with what an earlier phase of it learned: name that phase with carry"):
+        run(recipe(sentiment, tmp_path / "out", distil), ["test"])
+
+
 def test_the_norms_of_gradients_are_logged_where_the_recipe_asks(sentiment: Path, tmp_path: Path) -> None:
     methods = [SEQ, {"name": "kd", "weight": 2.0, "options": {"alpha": 1.0}}]
     made = recipe(sentiment, tmp_path / "out", {"methods": methods, "steps": 4, "gradient_norms": 2})
