@@ -52,3 +52,27 @@ def beside_shared(shared: Path, tmp_path: Path) -> Path:
     for name in ("data", "teachers"):
         (tmp_path / name).symlink_to(shared / name)
     return tmp_path
+
+
+@pytest.fixture
+def tiny_teachers(shared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``tiny_teachers(6, sst2="classification")``: a folder with the shared data/, the recipes/ and, below teachers/, random models of
+    those names and heads: of width 48, with so many blocks and the shared teachers' tokenizer."""
+
+    def write(layers: int, **heads: str) -> Path:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from online.models import HEADS
+
+        (tmp_path / "data").symlink_to(shared / "data")
+        (tmp_path / "recipes").symlink_to(Path(__file__).parents[1] / "recipes")
+        real = shared / "teachers" / "mlm"
+        for name, head in heads.items():
+            sizes = {"num_hidden_layers": layers, "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 96}
+            config = AutoConfig.from_pretrained(real, **sizes)
+            folder = tmp_path / "teachers" / name.replace("_", "-")
+            HEADS[head].from_config(config).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(real).save_pretrained(folder)
+        return tmp_path
+
+    return write
