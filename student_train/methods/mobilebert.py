@@ -35,10 +35,10 @@ class MobileBERT(Method):
     """100 MSE(LN(H_s), LN(H_t)) + 5000 (mu_s - mu_t)^2 + 5 |var_s - var_t| + KL(A_t || A_s) of one pair of blocks at a time.
 
     Sun, Yu, Song, Liu, Yang, Zhou, "MobileBERT: a Compact Task-Agnostic BERT for Resource-Limited Devices", ACL 2020, arXiv 2004.02984,
-    section 3.5, progressive knowledge transfer, with the weights of the authors' code. The phase has as many equal slices as
-    there are pairs, in the order of the student's blocks; in each only its pair is compared: feature maps H (LN is layer norm without
-    weights; mean mu and variance var over the width, of each token) and attention A. The paper's equations are a plain MSE of feature maps
-    and KL of attention: ``normalise: false`` with ``hidden: 1, mean: 0, variance: 0``.
+    progressive knowledge transfer, with the weights of the authors' code. The phase has as many equal slices as there are pairs, in the
+    order of the student's blocks; in each only its pair is compared: feature maps H (LN is layer norm without weights; mean mu and
+    variance var over the width, of each token) and attention A. The features of all blocks are read in every step. The paper's equations
+    are a plain MSE of feature maps and KL of attention: ``normalise: false`` with ``hidden: 1, mean: 0, variance: 0``.
 
     Learning rates are part of the method. The blocks of the slice train at ``rate`` times the phase's learning rate, those below them at
     ``earlier`` of that, all else (embeddings, head, blocks above) not at all: neither weight decay nor the optimiser's moments touch
