@@ -39,7 +39,8 @@ class MetaKD(Method):
 
     What is ours: the teacher is any that a store holds. The paper's is trained across domains with these t as weights and with a loss
     that mixes domains up; its learned features of domains, and the loss that passes them on, are left out. c are running means over
-    the rows seen so far, of all ranks; a domain and class without rows has no part in t. While the student is measured they stay.
+    the rows trained on so far, of all ranks; a domain and class without rows has no part in t. While the student is measured they
+    stay. So the student learns from all domains, where the paper makes one for each, with t from all of them.
 
     Terms ``embedding``, ``hidden``, ``attention`` (mean over heads) and ``soft``, each over rows with a label; others have no lambda.
     """

@@ -173,7 +173,8 @@ def test_recomputed_activations_and_half_precision_give_the_same_weights(store: 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(store: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 6, "batch_rows": 12, "trainer": {"save_steps": 6}}
+    rate = {"optim": "sgd", "learning_rate": 0.05}  # Adam would step along rounding errors where there is no slope
+    options: dict[str, Any] = {"steps": 6, "batch_rows": 12, "trainer": {"save_steps": 6, **rate}}
     runs = [
         {"method": spec(name).model_dump(), "store": str(store), "output": str(tmp_path / name), "dropout": 0.0, **options}
         for name in METHODS
@@ -192,8 +193,6 @@ def test_two_ranks_train_as_one(store: Path, tmp_path: Path) -> None:
             assert entry == pytest.approx(expected, rel=1e-4, abs=2e-6), (name, entry["step"])
         saved = checkpoint.load(tmp_path / name / "checkpoints" / "checkpoint-6" / "model.safetensors")
         for key, tensor in checkpoint.weights(bundle).items():
-            if key.endswith("key.bias"):  # attention does not depend on it, so Adam steps along rounding errors
-                continue
             torch.testing.assert_close(
                 saved[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, key=key, name=name: f"{name} {key}: {text}"
             )
