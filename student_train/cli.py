@@ -137,11 +137,12 @@ def chain(chain: Path, overrides: tuple[str, ...], only_print: bool) -> None:
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...", type=click.Path(path_type=Path))
 @click.option(
     "--teacher",
-    default=None,
-    type=click.Path(path_type=Path),
-    help="The teacher's folder, for stores that are not made yet; config.json is enough.",
+    "teachers",
+    multiple=True,
+    metavar="[PASS=]FOLDER",
+    help="A teacher's folder, for stores and passes that are not made yet; config.json is enough. May be given again, for other passes.",
 )
-def needs(recipes: tuple[Path, ...], teacher: Path | None) -> None:
+def needs(recipes: tuple[Path, ...], teachers: tuple[str, ...]) -> None:
     """Print what a dump must hold for all RECIPES to run, as lines for a dump recipe.
 
     One YAML document for each teacher pass: its store, its features (each once, over all recipes), and the blocks that
@@ -151,7 +152,11 @@ def needs(recipes: tuple[Path, ...], teacher: Path | None) -> None:
     from student_train.needs import needs as lines
     from student_train.recipe import TrainRecipe
 
-    click.echo(lines([load_yaml(TrainRecipe, recipe) for recipe in recipes], teacher), nl=False)
+    folders: dict[str, Path] = {}
+    for given in teachers:
+        pass_name, equals, folder = given.partition("=")
+        folders[pass_name if equals else ""] = Path(folder if equals else given)
+    click.echo(lines([load_yaml(TrainRecipe, recipe) for recipe in recipes], folders), nl=False)
 
 
 @program.command()

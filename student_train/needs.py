@@ -8,17 +8,17 @@ import yaml
 from store.features import FeatureKey
 from store.remote import url_of
 from store.together import names
-from student_train.outline import Outline, outline
+from student_train.outline import Folders, Outline, outline
 from student_train.recipe import TrainRecipe
 
 
-def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
+def needs(recipes: Sequence[TrainRecipe], folders: Folders | None = None) -> str:
     """YAML for dump recipes, one document for each pass: store, pass_name, features and the blocks that students start from.
 
     Of several passes that are read as one it names the first: `teacher-dump add` finds out what is new.
 
     Args:
-        teacher: Folder of the teacher (its configuration is enough), for stores that do not exist yet.
+        folders: Of teachers (their configurations are enough), for stores and passes that do not exist yet.
 
     Raises:
         ValueError, StoreError: a recipe that does not fit its data or models.
@@ -27,7 +27,7 @@ def needs(recipes: Sequence[TrainRecipe], teacher: Path | None = None) -> str:
     blocks: dict[tuple[Path, str], set[int]] = {}
     for recipe in recipes:
         for phase in recipe.phases:
-            one = outline(recipe, phase, teacher)
+            one = outline(recipe, phase, folders)
             for (store, pass_name), keys in one.passes.items():
                 features.setdefault((store, names(pass_name)[0]), set()).update(keys)
             shipped = _shipped(one)

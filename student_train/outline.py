@@ -18,7 +18,7 @@ from store.shape import Head, ModelShape
 from store.strict import did_you_mean
 from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
-from student_train.blueprint import Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.blueprint import LABELLED_HEADS, Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
 from student_train.importance import Look
 from student_train.learnable import check_domains, check_meta, label_problem, unlearnable
 from student_train.methods import method_class, parse_method
@@ -30,6 +30,9 @@ from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 Keys = frozenset[FeatureKey]
 Passes = dict[tuple[Path, PassName], Keys]
 """(store, pass or passes) -> the features that are read of them."""
+
+Folders = Mapping[str, Path]
+"""Pass name -> folder of its teacher, whose configuration is enough; the empty name is all other passes'. For what is not dumped yet."""
 
 HEAD_OF: dict[str, Head] = {
     "ForMaskedLM": "masked_lm",
@@ -64,29 +67,29 @@ class Outline:
         return _parse(spec, self.blueprint.shape, self.teachers)
 
 
-def outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None = None) -> Outline:
+def outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders | None = None) -> Outline:
     """Work out ``phase``, refusing what does not fit.
 
     Args:
-        teacher: Folder of the teacher; stands for stores that do not exist yet.
+        folders: Of teachers; they stand for stores and passes that do not exist yet.
 
     Raises:
         ValueError: options that do not fit the models or the data.
         StoreError: a store is missing, has no such pass, or is of another tokenizer.
     """
     try:
-        return _outline(recipe, phase, teacher)
+        return _outline(recipe, phase, folders or {})
     except StoreError as error:
         raise type(error)(f"phase {phase.name!r}: {error}") from None
     except ValueError as error:
         raise ValueError(f"phase {phase.name!r}: {error}") from None
 
 
-def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Outline:
+def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline:
     read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
-    manifests = {data.store: _manifest(data.store, teacher) for data in read}
-    shapes = {data: _teacher_shapes(data, manifests[data.store], teacher) for data in read}
-    blueprint = _blueprint(recipe, phase, teacher)
+    manifests = {data.store: _manifest(data.store, folders) for data in read}
+    shapes = {data: _teacher_shapes(data, manifests[data.store], folders) for data in read}
+    blueprint = _blueprint(recipe, phase, folders)
     student = blueprint.shape
     taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher == "store" else []
     if any(found != taught[0] for found in taught):
@@ -111,6 +114,8 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Out
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
     for spec, method in methods:
+        if method.must_carry and spec.carry is None:
+            raise ValueError(f"methods: {spec.name} goes on with what an earlier phase of it learned: name that phase with carry")
         if phase.batch_rows // phase.accumulation < method.least_rows:
             raise ValueError(
                 f"methods: {spec.name} compares the rows of a batch with each other: expected batch_rows of at least "
@@ -147,12 +152,17 @@ def score_names(phase: PhaseSpec) -> dict[DataSpec, str]:
     return {data: f"{name}.{number}/" for number, (data, name) in enumerate(zip(phase.evaluate, names, strict=True), 1)}
 
 
-def _manifest(store: Path, teacher: Path | None) -> Manifest | None:
+def _manifest(store: Path, folders: Folders) -> Manifest | None:
     lacking = url_of(store) is None and not store.exists()
-    return None if teacher is not None and lacking else Store.open(store).manifest
+    return None if folders and lacking else Store.open(store).manifest
 
 
-def _teacher_shapes(data: DataSpec, manifest: Manifest | None, teacher: Path | None) -> dict[str, ModelShape]:
+def _folder(folders: Folders, pass_name: PassName | None) -> Path | None:
+    """That of a pass's teacher."""
+    return next((folders[name] for name in (*names(pass_name), "") if name in folders), None)
+
+
+def _teacher_shapes(data: DataSpec, manifest: Manifest | None, folders: Folders) -> dict[str, ModelShape]:
     """The shape of each teacher of ``data``, by its name there."""
     passes = {} if manifest is None else manifest.passes
     shapes = {}
@@ -162,8 +172,8 @@ def _teacher_shapes(data: DataSpec, manifest: Manifest | None, teacher: Path | N
             own = {one: passes[one] for one in names(pass_name)}
             check_same_teacher(own)
             shapes[name] = next(iter(own.values())).shape
-        elif teacher is not None:
-            shapes[name] = model_shape(load_config(teacher), folder_head(teacher))
+        elif folder := _folder(folders, pass_name):
+            shapes[name] = model_shape(load_config(folder), folder_head(folder))
         else:
             raise MissingFeature(f"{data.store} has no pass {lacking[0]!r}{did_you_mean(lacking[0], sorted(passes))}")
     return shapes
@@ -217,18 +227,28 @@ def _read_of(name: str, methods: list[tuple[MethodSpec, Method]]) -> Keys:
     return frozenset(key.of("") for key in keys)
 
 
-def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, teacher: Path | None) -> Blueprint:
+def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Blueprint:
     spec = phase.student
-    manifest = _manifest(phase.data[0].store, teacher)
-    task = Task(kind="none") if manifest is None else manifest.rows.task
+    manifest = _manifest(phase.data[0].store, folders)
+    task = _task(_folder(folders, phase.data[0].compared_pass)) if manifest is None else manifest.rows.task
     if spec.model is not None:
         return folder_blueprint(spec, task)
     if spec.phase is not None:
-        earlier = _blueprint(recipe, recipe.phase(spec.phase), teacher)
+        earlier = _blueprint(recipe, recipe.phase(spec.phase), folders)
         return continued_blueprint(spec, earlier, student_folder(recipe, spec.phase), task)
-    source = _source(phase, teacher)
+    source = _source(phase, folders)
     config = load_config(source.folder)
     return derived_blueprint(spec, source, config, task, _look(phase, model_shape(config, source.head)))
+
+
+def _task(folder: Path | None) -> Task:
+    """What the labels of rows that are not there yet must mean, if their teacher answers for them."""
+    if folder is None or (head := folder_head(folder)) not in LABELLED_HEADS:
+        return Task(kind="none")
+    classes = tuple(load_config(folder).id2label.values())
+    if head == "token_classification":
+        return Task(kind="token", classes=classes)
+    return Task(kind="classification", classes=classes) if len(classes) > 1 else Task(kind="regression")
 
 
 def _look(phase: PhaseSpec, source: ModelShape) -> Look | None:
@@ -239,19 +259,20 @@ def _look(phase: PhaseSpec, source: ModelShape) -> Look | None:
     return None
 
 
-def _source(phase: PhaseSpec, teacher: Path | None) -> Source:
+def _source(phase: PhaseSpec, folders: Folders) -> Source:
     """The folder that ``layers`` or ``random`` starts from: given, or shipped with the first pass of the phase's data."""
     if phase.student.source is not None:
         return Source(phase.student.source, folder_head(phase.student.source))
     for data in phase.data:
-        manifest = _manifest(data.store, teacher)
+        manifest = _manifest(data.store, folders)
         passes = {} if manifest is None else manifest.passes
         own = [name for name in names(data.compared_pass) if name in passes and not passes[name].imported]
         if own:
             name = next((name for name in own if passes[name].shipped), own[0])
             return Source(Store.open(data.store).shipped(name), passes[name].shape.head, name)
-    if teacher is not None:
-        return Source(teacher, folder_head(teacher))
+    for data in phase.data:
+        if folder := _folder(folders, data.compared_pass):
+            return Source(folder, folder_head(folder))
     raise ValueError("student: layers and random need a source: give student.source, or data with a pass_name")
 
 

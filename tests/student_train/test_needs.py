@@ -51,7 +51,7 @@ def test_a_teachers_configuration_is_enough_before_there_is_a_store(stores: Modu
     stores.write_teacher(tmp_path / "teacher", "classification")
     (tmp_path / "teacher" / "model.safetensors").unlink()
     wanted = [{"name": "kd"}, {"name": "hid_cls"}]
-    before = documents(needs([recipe(tmp_path / "store", wanted)], tmp_path / "teacher"))
+    before = documents(needs([recipe(tmp_path / "store", wanted)], {"": tmp_path / "teacher"}))
     with_store = documents(needs([recipe(sentiment, wanted)]))
     assert before[0]["features"] == with_store[0]["features"]
     assert before[0]["ship_layers"] == [2, 4]

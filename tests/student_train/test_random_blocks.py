@@ -127,4 +127,4 @@ def test_a_dump_is_told_to_ship_what_the_student_starts_from(stores: ModuleType,
         "methods": [{"name": "kd"}], "steps": 1,
     }  # fmt: skip
     recipe = TrainRecipe.model_validate({"output": str(tmp_path / "out"), "phases": [phase]})
-    assert yaml.safe_load(needs([recipe], teacher))["ship_layers"] == [1]
+    assert yaml.safe_load(needs([recipe], {"": teacher}))["ship_layers"] == [1]

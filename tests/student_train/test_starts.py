@@ -62,7 +62,7 @@ def test_a_dump_of_what_is_needed_prunes_and_distils(tmp_path: Path, stores: Mod
                     weight.fill_(1.0 if name.endswith("weight") else 0.0)
     model.model.save_pretrained(teacher)
     made = recipe(tmp_path / "out", tmp_path / "store", PRUNED)
-    (lines,) = yaml.safe_load_all(needs([made], teacher))
+    (lines,) = yaml.safe_load_all(needs([made], {"": teacher}))
     hidden = [f"hidden.{layer}@all" for layer in range(5)]
     wide = [f"{site}.{layer}@all" for site in ("input", "value") for layer in range(1, 5)]
     assert lines["features"] == sorted(["final@all", *hidden, *wide, "task_logits@row"])
