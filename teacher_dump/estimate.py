@@ -42,14 +42,34 @@ def estimate(recipe: DumpRecipe, wanted: Wanted, command: Sequence[str]) -> str:
         ValueError: a recipe that `run` would refuse, a machine that cannot be read or is too small, or texts that are not here.
     """
     machine = parse_machine(wanted.machine, recipe.teacher.dtype, wanted.known, wanted.nodes, wanted.utilisation)
+    teacher, amount = _sketched(recipe, wanted, command)
+    batch_tokens = None if recipe.batch_tokens == "auto" else recipe.batch_tokens
+    found = choices(teacher, machine, amount, batch_tokens, gpu_reserve(machine))
+    return "\n".join(_report(recipe, wanted, machine, teacher, amount, found))
+
+
+def stored(recipe: DumpRecipe, wanted: Wanted, command: Sequence[str]) -> dict[str, object]:
+    """What the pass would hold, as plain data: each stored feature and what follows from it, bytes in all; the machine does not matter.
+
+    Raises:
+        ValueError: a recipe that `run` would refuse, or texts that are not here.
+    """
+    teacher, amount = _sketched(recipe, wanted, command)
+    features = {
+        spec.key: {"kept_as": spec.kept_as, "unit": spec.feature.unit, "unit_bytes": spec.unit_bytes, "bytes": amount.file_bytes(spec)}
+        for spec in teacher.teacher.specs
+    }
+    derived = {str(key): [str(source) for source in sources] for key, sources in teacher.teacher.plan.derived.items()}
+    return {"rows": amount.rows, "tokens": amount.tokens, "stored": features, "derived": derived, "weights": teacher.statics}
+
+
+def _sketched(recipe: DumpRecipe, wanted: Wanted, command: Sequence[str]) -> tuple[Sketch, Amount]:
+    """The teacher without its weights, and how much it has to answer."""
     made = provenance(command)
     requests = _requested(recipe)
     amount = _amount(recipe, wanted, made)
     units = Units(amount.tokens / amount.rows, amount.labelled / amount.rows)
-    teacher = sketch(recipe, requests, units, amount.longest, made)
-    batch_tokens = None if recipe.batch_tokens == "auto" else recipe.batch_tokens
-    found = choices(teacher, machine, amount, batch_tokens, gpu_reserve(machine))
-    return "\n".join(_report(recipe, wanted, machine, teacher, amount, found))
+    return sketch(recipe, requests, units, amount.longest, made), amount
 
 
 def _requested(recipe: DumpRecipe) -> tuple[Request, ...]:

@@ -26,6 +26,7 @@ import click
 @click.option("--network", type=click.FloatRange(0, min_open=True), help="With --on: bytes/s that it receives from other nodes: 25e9.")
 @click.option("--host-memory", type=click.FloatRange(0, min_open=True), help="With --on: bytes of main memory of a node: 1e12.")
 @click.option("--disk", type=click.FloatRange(0, min_open=True), help="With --on: bytes/s of a node's disk: 3e9.")
+@click.option("--json", "as_json", is_flag=True, help="With --on or --no-measure: print what would be stored as JSON, bytes in all.")
 @click.pass_obj
 def plan(
     command: tuple[str, ...],
@@ -45,6 +46,7 @@ def plan(
     network: float | None,
     host_memory: float | None,
     disk: float | None,
+    as_json: bool,
 ) -> None:
     """Say what `run` would write and what it would cost, before any of it is done; nothing below the store is touched.
 
@@ -61,13 +63,20 @@ def plan(
     if machine is None and measure is not False:
         if given or tokens is not None or length is not None or nodes is not None or utilisation is not None:
             raise click.UsageError("--tokens, --length, --nodes and what a machine is capable of go with --on MACHINE")
+        if as_json:
+            raise click.UsageError("--json goes with --on MACHINE or --no-measure")
         _measured(recipe, overrides, command, ranks, nproc)
         return
     if measure:
         raise click.UsageError("--measure runs the teacher here, --on MACHINE calculates for another machine; leave one of them out")
-    from teacher_dump.estimate import Wanted, estimate
+    import json
+
+    from teacher_dump.estimate import Wanted, estimate, stored
     from teacher_dump.machines import UTILISATION, this_machine
 
+    if as_json:
+        click.echo(json.dumps(stored(load(recipe, overrides), Wanted(machine or "", tokens, length), command), indent=1))
+        return
     wanted = Wanted(machine or this_machine(), tokens, length, nodes, utilisation or UTILISATION, given)
     click.echo(estimate(load(recipe, overrides), wanted, command))
 
