@@ -85,7 +85,7 @@ def reads(name: str, pair: Pair) -> Reads:
     stored = plan(dict.fromkeys(sorted(keys), DTYPE), pair.teacher, pair.wiring).stored
     units: dict[str, int] = {}
     for key, dtype in stored.items():
-        units[key.unit] = units.get(key.unit, 0) + feature_spec(key, dtype, pair.teacher.width_of(key.site)).unit_bytes
+        units[key.unit] = units.get(key.unit, 0) + feature_spec(key, dtype, pair.teacher.unit_width(key)).unit_bytes
     return Reads(keys, frozenset(stored), units)
 
 

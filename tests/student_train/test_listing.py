@@ -115,6 +115,7 @@ def squeezed(lines: list[str]) -> list[str]:
         ("alp_kd", {"row": 12 * 768 * 2}),  # of all blocks
         ("universal_kd", {"row": 11 * 768 * 2}),  # of all but the last, in either stage
         ("sentence", {"row": 768 * 2}),
+        ("marginal_utility", {"row": 10 * 77 * 2}),  # 10 tokens, a tenth of the width
         ("minilmv2", {"token": 768 * 2}),  # q, k, v of block 12 from what enters it
         ("hid_seq", {"token": 6 * 768 * 2}),  # hidden 2, 4, 6, 8, 10, 12
         ("tinybert", {"token": (7 + 6) * 768 * 2}),  # hidden 0, 2, ... 12, and attention of 2, 4, ... 12 from hidden 1, 3, ... 11
