@@ -98,7 +98,7 @@ def prepare(name: str, data: Path, work: Path) -> None:
 
 
 def recipes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The phases of the shipped recipes that read the store of ``name`` alone, from their start on, cut to the common size; the plain baseline first."""
+    """The phases of shipped recipes that read the store of ``name`` alone, cut to the common size; the baseline first."""
     trees = {"no_teacher": {"phases": [baseline(name)]}}
     for path in sorted((ROOT / "recipes" / "methods").glob("*.yaml")):
         phases: dict[str, dict[str, Any]] = {}

@@ -17,19 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig
 
 from online.batch import Batch, Features, dense
 from online.capture import Capture
 from online.collate import collate
 from online.encode import encode
-from online.models import LoadedModel, forward
+from online.models import HEADS, LoadedModel, forward
 from online.teacher import Teachers
 from store.building import RowWriter
 from store.features import ArraySpec, FeatureKey, FeatureSpec
 from store.manifest import PassInfo, Provenance, Task
 from store.reader import Store
 from store.rows import Row
+from store.shape import Head
 from store.writer import StoreWriter
 from student_train.bundle import Bundle
 from student_train.data import Source, survey
@@ -45,11 +46,13 @@ LOGITS = FeatureKey("task_logits", positions="row")
 MADE = Provenance(command=("tests",), versions={}, created="2026-01-01T00:00:00Z")
 
 
-def model(seed: int, *, layers: int, width: int, dropout: float = 0.1) -> LoadedModel:
-    """A random BERT with a class head."""
+def model(
+    seed: int, *, layers: int, width: int, dropout: float = 0.1, head: Head = "classification", vocabulary: int = VOCAB
+) -> LoadedModel:
+    """A random BERT, with a class head if nothing else is said."""
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -59,7 +62,7 @@ def model(seed: int, *, layers: int, width: int, dropout: float = 0.1) -> Loaded
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    return LoadedModel.of(BertForSequenceClassification(config), "classification")
+    return LoadedModel.of(HEADS[head].from_config(config), head)
 
 
 def write_rows(path: Path, rows: int = 48, seed: int = 0, group: int = 1, labelled: bool = True) -> Store:
@@ -165,10 +168,12 @@ def run(
 
     A method for several teachers gets the one pass as two of them, ``small`` and ``large``.
     """
-    student = model(1, layers=2, width=16, dropout=dropout)
     opened = [Store.open(path) for path in stores]
     pass_names = [pass_name if pass_name in store.manifest.passes else None for store in opened]
     teacher_shape = next((store.manifest.passes[pass_name].shape for store in opened if store.manifest.passes), None)
+    words = teacher_shape is not None and teacher_shape.head == "masked_lm"
+    vocabulary = teacher_shape.vocab if words and teacher_shape else VOCAB
+    student = model(1, layers=2, width=16, dropout=dropout, head="masked_lm" if words else "classification", vocabulary=vocabulary)
     several = any(METHODS[spec.name].several for spec in methods)
     known = dict.fromkeys(("small", "large"), teacher_shape) if several else teacher_shape
     torch.manual_seed(2)

@@ -50,3 +50,7 @@ CHANGES: list[tuple[str, dict[str, object]]] = [("alp_kd", {"buckets": True}), (
 MODELS = [("alp_kd", {}, "bert", "classification"), ("alp_kd", {"buckets": True, "detach": True}, "llama", "classification")]
 
 LIVE = [("alp_kd", "class", {}), ("alp_kd", "causal", {"buckets": True, "detach": True})]
+
+RUNS = [
+    ("alp_kd", {}),
+]

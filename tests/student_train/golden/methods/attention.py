@@ -184,3 +184,13 @@ LIVE = [
     ("match", "modern", {"site": "attention_probs", "distance": "huber"}),
     ("match", "causal", {"site": "lm_logits", "distance": "ce"}),
 ]
+
+RUNS = [
+    ("att_mse", {}),
+    ("att_kl", {}),
+    ("val_kl", {}),
+    ("minilm", {}),
+    ("minilmv2", {}),
+    ("tinybert", {}),
+    ("match", {"site": "hidden"}),
+]

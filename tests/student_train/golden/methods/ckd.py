@@ -95,3 +95,7 @@ CHANGES: list[tuple[str, dict[str, object]]] = [
 MODELS = [("ckd", {}, "bert", "classification"), ("ckd", {"window": 3}, "llama", "causal_lm")]
 
 LIVE = [("ckd", "mlm", {}), ("ckd", "class", {"layer_pair": 0, "layer_triple": 0}), ("ckd", "packed", {"window": 5})]
+
+RUNS = [
+    ("ckd", {}),
+]

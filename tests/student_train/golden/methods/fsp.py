@@ -66,3 +66,7 @@ CHANGES: list[tuple[str, dict[str, object]]] = [("fsp", {"layers": "last"}), ("f
 MODELS = [("fsp", {}, "bert", "masked_lm"), ("fsp", {"over": "width"}, "llama", "causal_lm")]
 
 LIVE = [("fsp", "mlm", {}), ("fsp", "modern", {"over": "width"}), ("fsp", "packed", {"over": "width", "layers": "last"})]
+
+RUNS = [
+    ("fsp", {}),
+]

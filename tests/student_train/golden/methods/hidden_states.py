@@ -56,4 +56,8 @@ LIVE = [
     ("sentence", "causal", {"pooling": "last"}),
 ]
 
-RUNS = [("sentence", {"cosine": 0, "similarity": 1})]
+RUNS = [
+    ("sentence", {"cosine": 0, "similarity": 1}),
+    ("hid_cls", {}),
+    ("hid_seq", {}),
+]

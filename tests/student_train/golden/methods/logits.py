@@ -98,3 +98,11 @@ LIVE = [
     ("lm_kd", "packed", {}),
     ("distilbert", "mlm", {}),
 ]
+
+RUNS = [
+    ("task_loss", {}),
+    ("kd", {}),
+    ("lm_loss", {}),
+    ("lm_kd", {}),
+    ("distilbert", {}),
+]

@@ -101,3 +101,7 @@ LIVE = [
     ("marginal_utility", "causal", {"tokens": 5, "tokens_by": "attention", "width_by": "magnitude"}),
     ("marginal_utility", "packed", {"tokens": 8, "layers": [[2, 3]]}),
 ]
+
+RUNS = [
+    ("marginal_utility", {}),
+]

@@ -43,3 +43,7 @@ CHANGES: list[tuple[str, dict[str, object]]] = [
 MODELS = [("pkd", {}, "bert", "classification"), ("pkd", {"layers": "last"}, "llama", "classification")]
 
 LIVE = [("pkd", "class", {}), ("pkd", "causal", {"layers": "last", "normalise": False})]
+
+RUNS = [
+    ("pkd", {}),
+]
