@@ -389,7 +389,7 @@ def test_a_real_teacher_teaches_the_same_from_a_store_as_live(shared: Path, tmp_
 
     source = {"files": str(shared / "data" / "corpus" / "wikipedia_valid.parquet"), "limit": 16}
     rows = {"sources": [source], "objective": "mlm", "max_length": 48, "slot_tokens": 512, "empty": "skip"}
-    lab = Lab(tmp_path, teacher, "masked_lm", rows, 256, 6, student)
+    lab = Lab(tmp_path, teacher, "masked_lm", rows, 1024, 6, student)
     for method, options in (("minilmv2", {"relation_heads": 24}), ("tinybert", {}), ("lm_kd", {}), ("lm_kd", {"top": 32})):
         wanted = parse_method(method, options, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
         batch, stored, live = both(lab, wanted, lab.some_rows(48))
