@@ -53,7 +53,8 @@ Kind = Literal[
     "learns from several teachers",
     "trains in several phases",
 ]
-"""In what a method differs from a loss on logits, after the kinds that GKD's hooks serve (Tan et al. 2023, arXiv 2306.06629)."""
+"""In what a method differs from a loss on logits: ours, after what GKD's code lets a method override (Tan et al. 2023, arXiv 2306.06629);
+whether they are the paper's own eight is unverified."""
 
 
 Stages = Mapping[str, tuple[Knowledge, ...]]
