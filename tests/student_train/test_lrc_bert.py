@@ -1,5 +1,6 @@
 """LRC-BERT's step: at embeddings that are moved along the gradient of the whole loss."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from given import BERT, make_features, shape
 
 from online.batch import Batch, Features, take
 from online.models import LoadedModel
+from online.zero3 import Partitioned
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.bundle import Bundle
@@ -91,3 +93,13 @@ def test_a_step_is_taken_at_embeddings_moved_by_unit_vectors_along_the_gradient(
         assert bundle(batch, teacher, bundle.counts(batch, True), True)[0].item() == pytest.approx(
             loss_at(bundle, batch, teacher, zero_BTW).item(), rel=1e-5
         )
+
+
+def test_a_student_whose_weights_are_in_parts_is_refused_with_what_would_serve() -> None:
+    whole = student_model()
+    sharded = dataclasses.replace(whole, weights=Partitioned(whole.model))  # as ZeRO-3 leaves it
+    teacher = shape(BERT, "classification", 3)
+    message = "lrc_bert: its perturbation .* sharded student .*; expected a student under DDP, or perturbation: false"
+    with pytest.raises(ValueError, match=message):
+        bundle_of(sharded, teacher, perturbation=True)
+    bundle_of(sharded, teacher, perturbation=False)
