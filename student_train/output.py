@@ -70,16 +70,16 @@ def read_run(output: Path) -> Provenance:
 
 def identity(recipe: TrainRecipe, phase: PhaseSpec) -> Json:
     """What a phase's student follows from: options that shape its weights, and fingerprints of rows, teachers and the earlier student."""
-    shaping = {"student", "data", "teacher", "meta", "methods", "steps", "epochs", "batch_rows", "accumulation", "best", "patience"}
+    shaping = {"student", "data", "teacher", "methods", "steps", "epochs", "batch_rows", "accumulation", "best", "patience"}
     tree: Json = phase.model_dump(mode="json", include=shaping)
     tree["data"] = [data.model_dump(mode="json", exclude={"follow"}) for data in phase.data]
     tree["trainer"] = json.loads(json.dumps(fixed_on_resume(phase.trainer)))
     tree["seed"] = recipe.seed
-    manifests = {data.store: Store.open(data.store).manifest for data in phase.data}
-    tree["rows"] = [f"{manifests[data.store].rows.corpus} {manifests[data.store].rows.building}" for data in phase.data]
-    tree["teachers"] = [
-        {name: fingerprint(manifests[data.store].passes, passes) for name, passes in data.answers.items()} for data in phase.data
-    ]
+    tree["meta"] = None if phase.meta is None else phase.meta.model_dump(mode="json", exclude={"follow"})
+    read = (*phase.data, *([phase.meta] if phase.meta else []))
+    manifests = {data.store: Store.open(data.store).manifest for data in read}
+    tree["rows"] = [f"{manifests[data.store].rows.corpus} {manifests[data.store].rows.building}" for data in read]
+    tree["teachers"] = [{name: fingerprint(manifests[data.store].passes, passes) for name, passes in data.answers.items()} for data in read]
     if phase.student.phase is not None:
         result = _read(phase_folder(recipe, phase.student.phase) / RESULT)
         tree["earlier student"] = result["student"] if result else None

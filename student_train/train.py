@@ -165,12 +165,18 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
             _identity(source, ordered, spec.answers)
             for source, ordered, spec in zip(data.sources, data.order.sources, phase.data, strict=True)
         ],
-        "meta": None if phase.meta is None else phase.meta.model_dump(mode="json", exclude={"store", "follow"}),
+        "meta": _meta(phase, data),
         "methods": [method.model_dump(mode="json") for method in phase.methods],
         "trainer": fixed_on_resume(phase.trainer),
     }
     plain: dict[str, Json] = json.loads(json.dumps(settings))
     return plain
+
+
+def _meta(phase: PhaseSpec, data: MicroBatches) -> dict[str, object] | None:
+    if phase.meta is None or data.meta is None or data.meta_order is None:
+        return None
+    return _identity(data.meta, data.meta_order.sources[0], phase.meta.answers)
 
 
 def _identity(source: Source, ordered: order.Source, answers: Mapping[str, PassName]) -> dict[str, object]:

@@ -116,3 +116,15 @@ def test_norms_of_parts_are_those_of_their_gradients(tiny: ModuleType) -> None:
         assert found[part] == pytest.approx(float(torch.cat(grads).norm()) if grads else 0.0, rel=1e-5)
     assert found["head"] == 0.0
     assert set(gradients.parts(student)) == {"embeddings", "block.1", "block.2", "head"}
+
+
+def test_held_out_rows_that_were_built_anew_make_a_phase_another_one(stores: ModuleType, sentiment: Path, tmp_path: Path) -> None:
+    held_out = {"store": str(tmp_path / "meta"), "split": "dev", "pass_name": "tiny"}
+    stores.write_store(tmp_path / "first", "classification", ["task_logits@row"]).rename(tmp_path / "meta")
+    made = recipe(sentiment, tmp_path / "out", {"methods": [{"name": "rw_kd"}], "student": {"layers": [2, 4]}, "meta": held_out})
+    run(made, ["test"])
+    run(made, ["again: nothing is left to do"])
+    (tmp_path / "meta").rename(tmp_path / "away")
+    stores.write_store(tmp_path / "second", "classification", ["task_logits@row"], max_length=8).rename(tmp_path / "meta")
+    with pytest.raises(ValueError, match=r"was begun with other options \(rows\)"):
+        run(made, ["test"])
