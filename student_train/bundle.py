@@ -1,6 +1,7 @@
 """The wrapped model of a training run: student and methods together, and one forward pass that is the whole step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from student_train.recipe import MethodSpec
 from student_train.schedule import at
 from student_train.step import Step, Survey, run
 
-Meta = tuple[Batch, Features]
+Answered = tuple[Batch, Features]
+"""Rows and what their teachers answer."""
 
 
 class Bundle(nn.Module):
@@ -39,8 +41,11 @@ class Bundle(nn.Module):
         self.probed: dict[str, Tensor] | None = None
         """Where a forward pass leaves the norm of each term's gradient in the student; None: it is not asked to."""
         for (spec, method), name in zip(methods, method_names([spec for spec, _ in methods]), strict=True):
+            method.running_student = student
             self.methods[name] = method
             self.specs[name] = spec
+        self.rewrites = any(method.rewrites for _, method in self._named())
+        """Whether a method writes rows itself."""
         self._perturbs = [name for name, method in self._named() if method.perturbs]
         if self._perturbs and not isinstance(student.weights, Whole):
             raise ValueError(
@@ -76,18 +81,28 @@ class Bundle(nn.Module):
         return {f"{name}/{term}": float(count) for name, method in methods for term, count in method.counts(batch).items()}
 
     def forward(
-        self, batch: Batch, teacher: Features, counts: Mapping[str, float], taught: bool, meta: Meta | None = None
+        self,
+        batch: Batch,
+        teacher: Features,
+        counts: Mapping[str, float],
+        taught: bool,
+        meta: Answered | None = None,
+        past: Sequence[Answered] = (),
     ) -> tuple[Tensor, Terms]:
         """The loss of ``batch`` and its terms, as they enter it: weight * sum / count.
 
         ``counts`` are those of the whole optimiser step, over ranks and accumulation; the losses of its micro-batches
         add up to that of the step. A step without a term's units (count 0) gives 0. The student runs under the caller's
         autocast; what the methods make of its features is float32.
+
+        Args:
+            meta: Held-out rows with what their teacher answers.
+            past: Micro-batches of earlier steps, as far back as ``looks_back`` says; read again.
         """
         methods = self.taking_part(taught)
         for name, method in methods.items():
             own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]) if meta[1] else {})
-            method.prepare(Step(self.loaded, batch, self.of_teacher(name, teacher), own))
+            method.prepare(Step(self.loaded, batch, self.of_teacher(name, teacher), own, self._past_of(name, past)))
         added_BTW = None
         if self.training and not methods.keys().isdisjoint(self._perturbs):
             added_BTW = self._perturbation(methods, batch, teacher, counts)
@@ -95,6 +110,37 @@ class Bundle(nn.Module):
         if self.probed is not None:
             self.probed.update(self._norms(terms))
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
+
+    def looks_back(self) -> int:
+        """How many steps back a method wants to see again in this step."""
+        return max((method.look_back for _, method in self._named() if _due(method)), default=0)
+
+    def rewrite(self, batch: Batch) -> Batch:
+        """The rows to learn from in place of ``batch``, where a method writes them itself."""
+        for _, method in self._named():
+            if method.rewrites:
+                with torch.no_grad():
+                    batch = method.rewrite(batch, self.loaded)
+        return batch
+
+    def attach(self, teachers: Mapping[str, LoadedModel]) -> None:
+        """Hand the models of live teachers, by their names in the data, to the methods that work with them."""
+        for name, method in self._named():
+            if method.live:
+                own = self.specs[name].teacher
+                method.attach(teachers if method.several else {"": teachers[own or ""]})
+
+    def decided(self) -> list[int]:
+        """What the methods drew for this step."""
+        return [number for _, method in self._named() for number in method.decided()]
+
+    def _past_of(self, name: str, past: Sequence[Answered]) -> list[Answered]:
+        method = self.methods[name]
+        assert isinstance(method, Method)
+        if not past or not _due(method):
+            return []
+        wanted = len(past) * method.look_back // self.looks_back()
+        return [(batch, self.of_teacher(name, features)) for batch, features in past[len(past) - wanted :]]
 
     def of_teacher(self, name: str, features: Features) -> Features:
         """What method ``name`` reads of ``features``."""
@@ -106,6 +152,11 @@ class Bundle(nn.Module):
 
     def checkpoint_activations(self, where: str) -> None:
         """Recompute the student's activations in the backward pass; not re-entrant, or captured features lose their gradient."""
+        if mixing := next((name for name, method in self._named() if type(method).running is not Method.running), None):
+            raise ValueError(
+                f"{where}: trainer: gradient_checkpointing: {mixing} changes what runs in a forward pass, which is over when "
+                "activations are computed again; leave it out"
+            )
         if not self.student.supports_gradient_checkpointing:
             raise ValueError(f"{where}: trainer: gradient_checkpointing: {type(self.student).__name__} does not support it")
         new_name = hasattr(self.student, "activation_checkpointing_enable")  # transformers renamed it after 5.17
@@ -116,7 +167,10 @@ class Bundle(nn.Module):
         self, methods: Mapping[str, Method], batch: Batch, teacher: Features, counts: Mapping[str, float], added_BTW: Tensor | None
     ) -> Terms:
         keys: frozenset[FeatureKey] = frozenset().union(*(method.student_keys for method in methods.values()))
-        student = run(self.loaded, batch, keys, added_BTW) if keys else {}
+        with ExitStack() as around:
+            for method in methods.values():
+                around.enter_context(method.running(self.loaded))
+            student = run(self.loaded, batch, keys, added_BTW) if keys else {}
         terms: Terms = {}
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             for name, method in methods.items():
@@ -170,6 +224,11 @@ class Bundle(nn.Module):
 
     def _named(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]
+
+
+def _due(method: Method) -> bool:
+    step = method.moment.step
+    return method.look_back > 0 and step > 0 and step % method.look_back == 0
 
 
 def method_names(specs: Sequence[MethodSpec]) -> list[str]:

@@ -21,6 +21,7 @@ from student_train.blocks import Source
 from student_train.blueprint import LABELLED_HEADS, Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
 from student_train.importance import Look
 from student_train.learnable import check_domains, check_meta, label_problem, unlearnable
+from student_train.live import check_live, live_shapes
 from student_train.methods import method_class, parse_method
 from student_train.methods.base import SAME_AS_INIT, Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
@@ -61,6 +62,8 @@ class Outline:
     """Data, evaluated or trained on, whose pass answers the methods."""
     passes: Passes
     """What is read of each pass, for training and for measuring."""
+    measured: Keys
+    """What metrics read of the teacher that they compare with."""
 
     def parse(self, spec: MethodSpec) -> Method:
         """One of its methods anew; their first parameters are random."""
@@ -88,10 +91,11 @@ def outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders | None = Non
 def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline:
     read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
     manifests = {data.store: _manifest(data.store, folders) for data in read}
-    shapes = {data: _teacher_shapes(data, manifests[data.store], folders) for data in read}
+    live = live_shapes(phase.live)
+    shapes = {data: live or _teacher_shapes(data, manifests[data.store], folders) for data in read}
     blueprint = _blueprint(recipe, phase, folders)
     student = blueprint.shape
-    taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher == "store" else []
+    taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher != "none" else []
     if any(found != taught[0] for found in taught):
         raise ValueError("its data has teachers of different names or shapes; all data of a phase that has teachers has the same")
     teachers = taught[0] if taught else {}
@@ -106,14 +110,21 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
     for data in read:
         for name, pass_name in data.answers.items():
             of_methods = keys.get(name, frozenset()) if data in taught_by else frozenset()
-            of_metrics = measured if data in phase.evaluate and name == data.compared else frozenset()
+            of_metrics = measured if data in phase.evaluate and name == phase.compared(data) else frozenset()
             _add(passes, data.store, pass_name, of_methods | of_metrics)
     if blueprint.look is not None:
         _add(passes, blueprint.look.store, blueprint.look.pass_name, blueprint.reads)
     for store, manifest in manifests.items():
         if manifest is not None:
             _check_rows(phase, blueprint, store, manifest)
+            for teacher in phase.live.values():
+                check_live(teacher, manifest.rows, str(store))
     for spec, method in methods:
+        if (method.live or method.rewrites) and not phase.live:
+            raise ValueError(
+                f"methods: {spec.name} needs its teacher at work: give the phase teacher: {{online: {{model: FOLDER, head: HEAD}}}} "
+                "instead of a store's answers"
+            )
         if method.must_carry and spec.carry is None:
             raise ValueError(f"methods: {spec.name} goes on with what an earlier phase of it learned: name that phase with carry")
         if phase.batch_rows // phase.accumulation < method.least_rows:
@@ -130,7 +141,7 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
         check_domains(spec.name, method, taught_rows)
     held_out = manifests.get(phase.meta.store) if phase.meta else None
     check_meta(phase, methods, student, held_out.rows if held_out else None)
-    return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes)
+    return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes, measured)
 
 
 def folder_head(folder: Path) -> Head:
@@ -263,6 +274,9 @@ def _source(phase: PhaseSpec, folders: Folders) -> Source:
     """The folder that ``layers`` or ``random`` starts from: given, or shipped with the first pass of the phase's data."""
     if phase.student.source is not None:
         return Source(phase.student.source, folder_head(phase.student.source))
+    if phase.live:
+        teacher = phase.live[phase.compared(phase.data[0])]
+        return Source(teacher.model, teacher.head)
     for data in phase.data:
         manifest = _manifest(data.store, folders)
         passes = {} if manifest is None else manifest.passes
@@ -286,7 +300,7 @@ def _measured(
         for data in phase.evaluate:
             manifest = manifests[data.store]
             if manifest is not None:
-                check_metric(name, manifest.rows, student, shapes[data].get(data.compared))
+                check_metric(name, manifest.rows, student, shapes[data].get(phase.compared(data)))
     if phase.best is not None:
         known = [f"{prefix}{name}" for prefix in score_names(phase).values() for name in ("loss", *phase.metrics)]
         if phase.best.removeprefix("-") not in known:

@@ -12,6 +12,7 @@ from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
 from store.together import PassName
+from student_train.live import LiveSpec, Online
 from student_train.schedule import Scheduled
 
 
@@ -174,7 +175,8 @@ class PhaseSpec(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     student: StudentSpec
     data: tuple[DataSpec, ...] = Field(min_length=1)
-    teacher: Literal["store", "none"] = "store"
+    teacher: Literal["store", "none"] | Online = "store"
+    """Where teachers answer: ``store`` reads what a pass holds; ``{online: MODEL}`` runs them in the job, on rows alone; ``none``."""
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     meta: DataSpec | None = None
     """Held-out rows, a batch of which methods that learn weights for the training rows look at in each step (rw_kd)."""
@@ -200,6 +202,15 @@ class PhaseSpec(Strict):
     trainer: dict[str, object] = Field(default_factory=dict)
     """Further arguments of transformers.TrainingArguments, such as learning_rate."""
 
+    @property
+    def live(self) -> dict[str, LiveSpec]:
+        """Teachers that run in the job, by name."""
+        return self.teacher.teachers if isinstance(self.teacher, Online) else {}
+
+    def compared(self, data: DataSpec) -> str:
+        """Name of the teacher of ``data`` that metrics and student starts go by: the only or the last one."""
+        return next(reversed(self.live), "") if self.live else data.compared
+
     @model_validator(mode="after")
     def _consistent(self) -> "PhaseSpec":
         if (self.steps is None) == (self.epochs is None):
@@ -212,6 +223,9 @@ class PhaseSpec(Strict):
             raise ValueError(f"phase {self.name!r}: best needs evaluate")
         if self.patience is not None and self.best is None:
             raise ValueError(f"phase {self.name!r}: patience needs best, the metric to watch")
+        read = (*self.data, *self.evaluate, *([self.meta] if self.meta else []))
+        if self.live and any(data.answers for data in read):
+            raise ValueError(f"phase {self.name!r}: its teacher is online, and its data rows alone: leave out pass_name and teachers")
         if self.teacher == "store" and not any(data.answers for data in self.data):
             raise ValueError(f"phase {self.name!r} learns from a teacher: give its data a pass_name, or the phase 'teacher: none'")
         if self.meta is not None and (self.meta.weight, self.meta.by_length) != (1.0, None):

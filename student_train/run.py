@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from online.models import check_length
+from online.models import LoadedModel, check_length
 from online.teacher import Teacher, Teachers
 from store.errors import MissingFeature
 from store.features import FeatureKey
@@ -28,6 +28,7 @@ from student_train.data import Source, survey
 from student_train.evaluate import HeldOut, evaluate, held_out_rows
 from student_train.export import Lineage, export
 from student_train.init import build, check_start
+from student_train.live import answering, load_live, takes_all_ranks
 from student_train.methods.base import Method
 from student_train.moment import START
 from student_train.outline import Keys, Outline, outline, score_names
@@ -47,6 +48,9 @@ from student_train.output import (
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import micro_batches, train
+
+Models = Mapping[str, LoadedModel]
+"""Teachers that run in this job, by name."""
 
 SMOKE_STEPS = 3
 SMOKE_ROWS = 32
@@ -153,6 +157,8 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         if earlier is not None and not finished(recipe, recipe.phase(earlier)):
             raise ValueError(f"phase {phase.name!r} goes on from phase {earlier!r}, which is not finished: train that first")
     with locked(folder) if _first() else nullcontext():
+        if phase.live and "RANK" in os.environ:
+            _check_arguments(recipe, phase)  # which joins the ranks: a sharded teacher is loaded by all of them
         start = build(one.blueprint, recipe.seed)
         if _first():
             for notice in start.notices:
@@ -167,30 +173,34 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         stores = {place: Store.open(place, follow=seconds or 0.0) for place, seconds in patience.items()}
         for store in stores.values():
             check_length(start.student, store.rows.longest)
-        sources = [_source(one, data, stores[data.store]) for data in phase.data]
-        meta = None if phase.meta is None else _source(one, phase.meta, stores[phase.meta.store])
+        device = _device(phase)
+        live = load_live(phase.live, max(store.rows.longest for store in stores.values()), device)
+        sources = [_source(one, data, stores[data.store], live) for data in phase.data]
+        meta = None if phase.meta is None else _source(one, phase.meta, stores[phase.meta.store], live)
         bundle.begin(replace(START, seed=recipe.seed))
+        bundle.attach(live)
         bundle.survey(lambda: survey(sources))
-        held_out = [_held_out(one, data, stores[data.store]) for data in phase.evaluate]
-        if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
-            bundle.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        held_out = [_held_out(one, data, stores[data.store], live) for data in phase.evaluate]
+        bundle.to(device)
 
         def measure() -> dict[str, float]:
             return evaluate(bundle, phase.metrics, held_out)
 
-        before = {}
-        if _first():
+        together, before = takes_all_ranks(live), {}
+        if _first() or together:
             before = read_start(recipe, phase) or measure()
+        if _first():
             write_start(recipe, phase, before)
         try:
-            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta)
+            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta, together=together)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
+        after = measure() if _first() or together else {}
+        teacher_lines = _teacher_lines(one, stores, live)
         if _first():
-            after = measure()
             left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
             notices = (*start.notices, *(f"{name} went on from phase {earlier}" for name, earlier in carried.items()), *left)
-            lineage = Lineage(phase, recipe.seed, _teacher_lines(one, stores), _data_lines(phase, stores), notices, made)
+            lineage = Lineage(phase, recipe.seed, teacher_lines, _data_lines(phase, stores), notices, made)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))
             write_result(
                 recipe,
@@ -252,24 +262,42 @@ def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:
         return [(spec, one.parse(spec)) for spec, _ in one.methods]
 
 
-def _source(one: Outline, data: DataSpec, store: Store) -> Source:
-    return Source.of(data, store, _teacher(store, data, one.method_keys) if data in one.taught else None)
+def _source(one: Outline, data: DataSpec, store: Store, live: Models) -> Source:
+    return Source.of(data, store, _teacher(store, data, one.method_keys, live) if data in one.taught else None)
 
 
-def _teacher(store: Store, data: DataSpec, keys: Mapping[str, Keys]) -> Teacher | Teachers:
+def _teacher(store: Store, data: DataSpec, keys: Mapping[str, Keys], live: Models) -> Teacher | Teachers:
     """Whoever answers for ``keys`` (by teacher) on the rows of ``data``."""
+    if live:
+        return answering(live, keys)
     teachers = {name: StoredTeacher(store, passes, keys.get(name, frozenset())) for name, passes in data.answers.items()}
     return teachers[""] if "" in teachers else Teachers(teachers)
 
 
-def _held_out(one: Outline, data: DataSpec, store: Store) -> HeldOut:
+def _held_out(one: Outline, data: DataSpec, store: Store, live: Models) -> HeldOut:
     rows = held_out_rows(store, data.split, one.phase.evaluate_rows, data.where, data.compared_pass)
+    compared = one.phase.compared(data)
     keys = {name: wanted for name, passes in data.answers.items() if (wanted := one.passes.get((data.store, passes)))}
-    teacher = _teacher(store, data, keys) if keys else None
-    return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data], data.compared)
+    if live:
+        keys = {name: one.method_keys[name] | (one.measured if name == compared else frozenset()) for name in live}
+    teacher = _teacher(store, data, keys, live) if any(keys.values()) else None
+    return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data], compared)
 
 
-def _teacher_lines(one: Outline, stores: dict[Path, Store]) -> list[str]:
+def _device(phase: PhaseSpec) -> torch.device:
+    """Where this process trains."""
+    if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _teacher_lines(one: Outline, stores: dict[Path, Store], live: Models) -> list[str]:
+    if live:
+        return [
+            f"at work in the job: `{spec.model}`, {live[name].shape.family} with {live[name].shape.layers} blocks, "
+            f"weights `{live[name].fingerprint[:16]}`"
+            for name, spec in one.phase.live.items()
+        ]
     passes = {(data.store, passes) for data in one.phase.data if data in one.taught for passes in data.answers.values()}
     lines = []
     for path, name in sorted(passes, key=str):

@@ -1,9 +1,10 @@
 """What a method may do in a training step beyond one look at the student's features, and what it may know of its rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class Step:
     meta: tuple[Batch, Features] | None
     """Rows of the phase's ``meta`` data and what the method reads of the teacher there (empty where that data has none); None where the
     phase has no such data."""
+    past: Sequence[tuple[Batch, Features]] = ()
+    """This rank's micro-batches of the last ``look_back`` steps and what the method reads of the teacher there, read again; empty except
+    in the first micro-batch of every ``look_back``-th step."""
 
     def run(self, batch: Batch, keys: Iterable[FeatureKey]) -> Features:
         """The student's ``keys`` on ``batch``, with gradient."""
@@ -44,7 +48,7 @@ class Step:
 
 
 def run(student: LoadedModel, batch: Batch, keys: Iterable[FeatureKey], added_BTW: Tensor | None = None) -> Features:
-    """The student's features on ``batch``, float32, with gradient; ``added_BTW`` is added to the embedding output."""
-    with Added(student, added_BTW), Capture(student, keys, grad=True) as capture:
+    """The student's features on ``batch``, float32, with gradient where it is on; ``added_BTW`` is added to the embedding output."""
+    with Added(student, added_BTW), Capture(student, keys, grad=torch.is_grad_enabled()) as capture:
         forward(student, batch)
         return capture.features(batch)

@@ -24,9 +24,10 @@ from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
 from student_train.moment import Moment
 from student_train.output import CHECKPOINTS
+from student_train.patience import out_of_patience
 from student_train.progress import Progress
 from student_train.recipe import PhaseSpec
-from student_train.trainer import TRAINER_STATE, DistillationTrainer, out_of_patience
+from student_train.trainer import TRAINER_STATE, DistillationTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +55,14 @@ def train(
     seed: int,
     evaluate: Callable[[], dict[str, float]] | None = None,
     meta: Source | None = None,
+    *,
+    together: bool = False,
 ) -> TrainResult:
     """Train ``bundle`` in place on rows of ``sources`` (those of ``phase.data``, in order) and leave it in eval mode.
 
     Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` and ``output/tensorboard``. Where
     ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses. ``evaluate`` is
-    called on rank 0, with the bundle in eval mode; ``phase.best`` names one of the metrics it returns.
+    called on rank 0, or where ``together`` on all ranks, with the bundle in eval mode; ``phase.best`` names one of the metrics it returns.
 
     Raises:
         ValueError: a trainer argument, batch size or metric that does not fit, a checkpoint of other settings, or a loss
@@ -96,6 +99,7 @@ def train(
         ranks,
         settings=settings,
         evaluate=evaluate,
+        together=together,
         best=phase.best,
         patience=phase.patience,
         gradient_norms=phase.gradient_norms,

@@ -7,31 +7,32 @@ before the first forward pass of a step; each rank's loss is multiplied by their
 
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from online.batch import Features
 from online.ranks import Ranks
 from store.manifest import Json
 from store.strict import did_you_mean
 from student_train import checkpoint
+from student_train.agreement import check_agreement
 from student_train.bundle import Bundle
 from student_train.data import Failed, MicroBatches, Source
 from student_train.gradients import Gates, norms, split_groups
 from student_train.journal import Journal
 from student_train.micro_batch import MicroBatch
 from student_train.moment import Moment
+from student_train.patience import out_of_patience
+from student_train.random_state import random_state_kept
 from student_train.window import Counts, Window
 
 TRAINER_STATE = "trainer_state.json"
@@ -52,6 +53,7 @@ class DistillationTrainer(Trainer):
         *,
         settings: Mapping[str, Json],
         evaluate: Callable[[], dict[str, float]] | None,
+        together: bool,
         best: str | None,
         patience: int | None,
         gradient_norms: int | None = None,
@@ -62,6 +64,8 @@ class DistillationTrainer(Trainer):
         self.watched: dict[str, Tensor] = {}
         """Sums of the terms, of this step and rank, that methods want to know."""
         self.bundle, self.data, self.ranks, self.settings = bundle, data, ranks, settings
+        self.together = together
+        self.past: list[MicroBatch] = []
         self.measure, self.best, self.patience = evaluate, best, patience
         self.folder = Path(args.output_dir)
         self.best_weights: dict[str, Tensor] | None = None
@@ -93,15 +97,16 @@ class DistillationTrainer(Trainer):
         """
         started = time.perf_counter()
         self.bundle.begin(self.moment)
+        check_agreement(self.ranks, self.bundle.decided(), self.state.global_step + 1)
         self.bundle.probed = {} if self._probes else None
         self.watched = {}
+        self.past = self.read_again(self.bundle.looks_back(), num_batches)
         items = [next(epoch_iterator) for _ in range(num_batches)]
         self.window.waited += time.perf_counter() - started
         micro_batches: list[MicroBatch] = []
         counts: Counts = {"tokens": 0.0}
         for item in items:
-            if isinstance(item, Failed):
-                raise item.error
+            item = self.written(item)
             micro_batches.append(item)
             counts["tokens"] += float(item.batch.lengths.sum())
             for name, count in self.bundle.counts(item.batch, item.taught).items():
@@ -116,6 +121,20 @@ class DistillationTrainer(Trainer):
             )
         self.window.add_step(counts)
         return micro_batches, counts
+
+    def written(self, item: MicroBatch | Failed) -> MicroBatch:
+        """A micro-batch as the methods want its rows; raises the error of one that could not be read."""
+        if isinstance(item, Failed):
+            raise item.error
+        if not self.bundle.rewrites:
+            return item
+        item = item.to(self.args.device)
+        return replace(item, batch=self.bundle.rewrite(item.batch))
+
+    def read_again(self, steps: int, micro_batches: int) -> list[MicroBatch]:
+        """Those of the last ``steps`` optimiser steps, as the store has them."""
+        end = self.state.global_step * micro_batches
+        return [self.written(self.data[number]) for number in range(end - steps * micro_batches, end)]
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs.to(self.args.device)
@@ -153,7 +172,9 @@ class DistillationTrainer(Trainer):
             features = _features(source, inputs)
             if inputs.meta is not None and self.data.meta is not None:
                 meta = inputs.meta.batch, _features(self.data.meta, inputs.meta)
-        loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught, meta)
+            past = [(one.batch, _features(self.data.sources[one.source], one)) for one in map(self._prepare_inputs, self.past)]
+        self.past = []  # the first micro-batch of the step has it
+        loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught, meta, past)
         finite = torch.isfinite(torch.stack(list(terms.values()))).tolist()
         for name, sound in zip(terms, finite, strict=True):
             if not sound:
@@ -220,7 +241,8 @@ class DistillationTrainer(Trainer):
         started = time.perf_counter()
         self.bundle.eval()  # training_step puts it back
         with random_state_kept(), torch.no_grad():
-            metrics = self.ranks.on_first(self.measure)
+            found = self.measure() if self.together else None
+            metrics = self.ranks.on_first(self.measure if found is None else lambda: found)
         self.log({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if self.best is not None:
             self._keep_best(metrics, self.best)
@@ -320,21 +342,3 @@ class DistillationTrainer(Trainer):
 def _features(source: Source, micro_batch: MicroBatch) -> Features:
     """What the teacher of ``source`` answers."""
     return {} if source.teacher is None else source.teacher.features(micro_batch.batch, micro_batch.fetched)
-
-
-def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Whether the last ``patience`` evaluations gave no better metric than the best."""
-    if patience is None or state.best_global_step is None:
-        return False
-    evaluated = {entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)}
-    return sum(step > state.best_global_step for step in evaluated) >= patience
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's generators as they were found."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

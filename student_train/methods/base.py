@@ -1,12 +1,14 @@
 """What a method is: keys it needs of both sides, and sums of loss terms with their counts."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field
 from torch import Tensor, nn
 
 from online.batch import Batch, Features
+from online.models import LoadedModel
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.moment import START, Moment
@@ -90,6 +92,12 @@ class Method(nn.Module):
     """Whether the step is to be taken at embeddings moved by one unit vector along their gradient (LRC-BERT)."""
     reads_meta: ClassVar[bool] = False
     """Whether ``prepare`` looks at the labels of held-out rows, the phase's ``meta`` data."""
+    live: ClassVar[bool] = False
+    """Whether it works with the teachers' models themselves, which ``attach`` hands it, and so only where they run in the job (online)."""
+    look_back: int = 0
+    """Every how many optimiser steps ``prepare`` gets the micro-batches of as many steps before (``Step.past``); 0: never."""
+    rewrites: ClassVar[bool] = False
+    """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
 
@@ -107,6 +115,8 @@ class Method(nn.Module):
         """How many there are, where something is kept of each."""
         self.moment: Moment = START
         """The optimiser step that its next calls belong to."""
+        self.running_student: LoadedModel | None = None
+        """The student, for passes that the method makes by itself (student_train.step.run); no submodule."""
 
     def now(self, value: Scheduled) -> float:
         """An option at this step."""
@@ -128,6 +138,24 @@ class Method(nn.Module):
 
     def prepare(self, step: Step) -> None:
         """Called before ``forward`` of each micro-batch that is trained on, for passes of the student that the method makes by itself."""
+
+    def attach(self, teachers: Mapping[str, LoadedModel]) -> None:
+        """Told once, before the first step and only where ``live``: the models of its teachers by name, frozen and in eval mode.
+
+        They must not become submodules: what is registered in a method trains with it and lies in its checkpoints.
+        """
+
+    def rewrite(self, batch: Batch, student: LoadedModel) -> Batch:
+        """The rows to learn from in place of ``batch``, before anything is counted or any teacher answers; without gradient."""
+        return batch
+
+    def running(self, student: LoadedModel) -> AbstractContextManager[object]:
+        """Around each forward pass of the student on a micro-batch that is trained on; modules replaced for instance."""
+        return nullcontext()
+
+    def decided(self) -> Sequence[int]:
+        """What it drew for this step: all ranks must have drawn the same, and the trainer compares."""
+        return ()
 
     def learned(self, means: Mapping[str, float]) -> None:
         """Told after each optimiser step, on all ranks alike, the means of its terms (where there was anything to learn from)."""

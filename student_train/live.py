@@ -1,0 +1,128 @@
+"""Teachers that run in the training job: what a recipe says of them, and their models, each sharded over the job's ranks."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Discriminator, Field, Tag
+
+from online.fingerprints import tokenizer_fingerprint
+from online.models import LoadedModel, ModelSpec, check_length, load_config, load_model, load_tokenizer, model_shape
+from online.ranks import talking
+from online.sharding import Sharding, Whole
+from online.teacher import LiveTeacher, Teacher, Teachers
+from online.tensor_parallel import Split
+from online.turns import TakingTurns
+from store.errors import FingerprintMismatch
+from store.features import FeatureKey
+from store.manifest import RowsInfo
+from store.shape import ModelShape
+from store.strict import Strict
+
+
+class LiveSpec(ModelSpec):
+    """A teacher on disk, and how it lies over the ranks of the job."""
+
+    sharding: Sharding = Sharding()
+    """``size`` is 1 or all ranks of the job: the student learns on every one of them. Under ``tp`` all ranks answer the rows of one after
+    those of another."""
+
+
+def _kind(value: object) -> str:
+    return "one" if isinstance(value, LiveSpec) or (isinstance(value, dict) and isinstance(value.get("model"), str | Path)) else "several"
+
+
+class Online(Strict):
+    """Teachers at work in the job, instead of a store's answers."""
+
+    online: Annotated[
+        Annotated[LiveSpec, Tag("one")]
+        | Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], LiveSpec], Field(min_length=1), Tag("several")],
+        Discriminator(_kind),
+    ]
+    """One model, or several by name, from small to large; metrics compare with the last one."""
+
+    @property
+    def teachers(self) -> dict[str, LiveSpec]:
+        """By name; the only one has none."""
+        return {"": self.online} if isinstance(self.online, LiveSpec) else self.online
+
+
+def live_shapes(specs: Mapping[str, LiveSpec]) -> dict[str, ModelShape]:
+    """Shapes of live teachers by name, from their configurations alone.
+
+    Raises:
+        ValueError: no model folder, or a head that the family lacks.
+    """
+    return {name: model_shape(load_config(spec.model, spec.trust_remote_code), spec.head, spec.modules) for name, spec in specs.items()}
+
+
+def check_live(spec: LiveSpec, rows: RowsInfo, store: str) -> None:
+    """The tokenizer of a live teacher must be that of the ``rows`` it is to answer, and its sharding one that a training job can have.
+
+    Raises:
+        FingerprintMismatch: it is another.
+        ValueError: a sharding that does not take all ranks.
+    """
+    found = tokenizer_fingerprint(load_tokenizer(spec))
+    if found != rows.tokenizer:
+        raise FingerprintMismatch(
+            f"{store} was built with another tokenizer than that of the teacher {spec.model}: rows.tokenizer is {rows.tokenizer[:12]}, "
+            f"the teacher's {found[:12]}; build rows with this tokenizer (teacher-dump rows)"
+        )
+    sharding, ranks = spec.sharding, int(os.environ.get("WORLD_SIZE", "1"))
+    if sharding.kind == "auto":
+        raise ValueError("sharding: a training job says how its teacher lies; expected kind none, zero3, fsdp or tp, found auto")
+    if "RANK" in os.environ and sharding.size not in (1, ranks):
+        raise ValueError(f"sharding: size {sharding.size} of a job of {ranks} ranks: expected {ranks}, or kind: none")
+    if sharding.size > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"sharding: size {sharding.size} needs a launch of as many processes: "
+            f"torchrun --standalone --nproc-per-node={sharding.size} -m student_train.cli run RECIPE"
+        )
+
+
+def load_live(specs: Mapping[str, LiveSpec], longest: int, device: torch.device) -> dict[str, LoadedModel]:
+    """The models of live teachers by name: frozen, in eval mode; all ranks of the job load them together.
+
+    Two names of one model share it.
+
+    Args:
+        longest: Tokens of the longest row they will see.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or takes shorter rows.
+    """
+    models: dict[str, LoadedModel] = {}
+    for name, spec in specs.items():
+        same = next((other for other in models if specs[other] == spec), None)
+        if same is not None:
+            models[name] = models[same]
+            continue
+        with talking():
+            models[name] = load_model(spec, sharding=spec.sharding, device=device)
+        models[name].model.requires_grad_(False)
+        check_length(models[name], longest)
+    return models
+
+
+def answering(models: Mapping[str, LoadedModel], keys: Mapping[str, frozenset[FeatureKey]]) -> Teacher | Teachers:
+    """Whoever answers for ``keys`` (by teacher) with ``models``, one after the other.
+
+    Raises:
+        ValueError: a model lacks a feature.
+    """
+    teachers = {name: _teacher(model, keys.get(name, frozenset())) for name, model in models.items()}
+    return teachers[""] if "" in teachers else Teachers(teachers)
+
+
+def takes_all_ranks(models: Mapping[str, LoadedModel]) -> bool:
+    """Whether a forward pass of any of them is a collective."""
+    return any(not isinstance(model.weights, Whole) for model in models.values())
+
+
+def _teacher(model: LoadedModel, wanted: frozenset[FeatureKey]) -> Teacher:
+    live = LiveTeacher(model, wanted)
+    return TakingTurns(live) if isinstance(model.weights, Split) else live
