@@ -3,7 +3,7 @@
 Shapes: B rows, T padded tokens, W width of a feature, V words, C outputs of the task head.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -12,15 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from online.batch import Batch, Features, take
 from online.derive import attention_probs, attention_scores
-from online.families import submodule
 from online.models import LM_HEADS, LoadedModel
 from online.statics import live_statics
+from online.taps import PROJECTIONS, Site, before_words, first_argument, tap
 from store.features import FeatureKey
 
-Site = tuple[str, int]
-"""Site and layer of a tensor that a hook reads; 0 where a site has no layers."""
-
-PROJECTIONS = ("query", "key", "value")
 ATTENTION = ("attention_scores", "attention_probs")
 ROW_HEADS = ("classification", "multiple_choice")
 
@@ -59,8 +55,12 @@ class Capture:
             for site in sorted({site for key in self._keys for site in _sources(key)}):
                 self._hook(site)
             if self._loaded.word_head is not None:
-                module, takes_in = _before_words(self._loaded)
-                feed = module.register_forward_pre_hook(self._feed_nothing) if takes_in else module.register_forward_hook(_nothing)
+                head = before_words(self._loaded)
+                feed = (
+                    head.module.register_forward_pre_hook(self._feed_nothing)
+                    if head.takes_in
+                    else head.module.register_forward_hook(_nothing)
+                )
                 self._handles.append(feed)
         except BaseException:
             self._remove()
@@ -92,24 +92,22 @@ class Capture:
 
     def _hook(self, site: Site) -> None:
         """Keep the first tensor that the module of ``site`` takes in or gives out."""
-        module, takes_in, pick = _tap(self._loaded, site)
-        width = self._loaded.shape.width_of(site[0])
+        place, width = tap(self._loaded, site), self._loaded.shape.width_of(site[0])
 
-        def keep(tensor: object) -> None:
+        def keep(tensor: Tensor) -> None:
             if site not in self._values:
-                picked = pick(tensor)
-                assert isinstance(picked, Tensor), site
-                self._values[site] = self._loaded.weights.joined(picked, width) if site[0] in PROJECTIONS else picked
+                self._values[site] = self._loaded.weights.joined(tensor, width) if site[0] in PROJECTIONS else tensor
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            keep(args[0] if args else next(iter(kwargs.values())))
+            keep(first_argument(args, kwargs))
 
         def after(module: nn.Module, args: object, output: object) -> None:
-            keep(output)
+            keep(place.read(output))
 
-        self._handles.append(
-            module.register_forward_pre_hook(before, with_kwargs=True) if takes_in else module.register_forward_hook(after)
-        )
+        if place.takes_in:
+            self._handles.append(place.module.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            self._handles.append(place.module.register_forward_hook(after))
 
     def _feed_nothing(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args if self._answering else (args[0][:, :0], *args[1:])
@@ -188,54 +186,8 @@ def _sources(key: FeatureKey) -> tuple[Site, ...]:
     return (("head_input" if key.site == "lm_logits" else key.site, layer),)
 
 
-def _tap(loaded: LoadedModel, site: Site) -> tuple[nn.Module, bool, Callable[[object], object]]:
-    """Module to hook, whether its input is meant rather than its output, and what of that."""
-    name, layer = site
-    family = loaded.family
-    if name in ("input", *PROJECTIONS):
-        block, fused = loaded.block(layer), len(family.projections) == 1
-        index = 0 if name == "input" else PROJECTIONS.index(name)
-        module = submodule(block, family.projections[0 if fused else index])
-        if name == "input":
-            return module, True, _itself
-        return module, False, (lambda output: output.chunk(3, dim=-1)[index]) if fused else _itself
-    if name == "hidden" and layer == 0:
-        return loaded.block(1), True, _itself
-    if name == "hidden" or (name == "final" and family.final_norm is None):
-        return loaded.block(layer or loaded.shape.layers), False, _first
-    if name == "final":
-        assert family.final_norm is not None
-        return submodule(loaded.body, family.final_norm), False, _itself
-    if name == "head_input":
-        return *_before_words(loaded), _itself
-    assert name == "task_logits", name
-    score = getattr(loaded.model, "score", None)
-    if loaded.shape.head == "classification" and loaded.shape.causal and isinstance(score, nn.Module):
-        # decoders score every token; transformers finds the last one by its id, which may also end a row's text
-        return score, False, _itself
-    return loaded.model, False, lambda output: output.logits
-
-
-def _before_words(loaded: LoadedModel) -> tuple[nn.Module, bool]:
-    """The module where the head's input is met while the model runs, and whether it takes that in rather than gives it out."""
-    family, head = loaded.family, loaded.word_head
-    if family.head_rest is not None and family.transform is not None:  # narrow_head: what stands for the head is no part of the model
-        return submodule(loaded.model, family.transform[1]), False
-    assert head is not None
-    return head, True
-
-
 def _nothing(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output[:, :0]
-
-
-def _itself(value: object) -> object:
-    return value
-
-
-def _first(value: object) -> object:
-    """The hidden states of a block's output, which some architectures wrap in a tuple."""
-    return value[0] if isinstance(value, tuple) else value
 
 
 def _taken(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
