@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from online.batch import Batch, Features, take
 from online.derive import attention_probs, attention_scores
 from online.models import LM_HEADS, LoadedModel
+from online.replacement import stand_ins
 from online.statics import live_statics
 from online.taps import PROJECTIONS, Site, before_words, first_argument, tap
 from store.features import FeatureKey
@@ -45,12 +46,14 @@ class Capture:
         self._grad = grad
         self._answering = False
         self._values: dict[Site, Tensor] = {}
+        self._cut: set[Site] = set()
         self._handles: list[RemovableHandle] = []
         for key in self._keys:
             check_key(loaded, key)
 
     def __enter__(self) -> "Capture":
         self._values.clear()
+        self._cut.clear()
         try:
             for site in sorted({site for key in self._keys for site in _sources(key)}):
                 self._hook(site)
@@ -97,6 +100,8 @@ class Capture:
         def keep(tensor: Tensor) -> None:
             if site not in self._values:
                 self._values[site] = self._loaded.weights.joined(tensor, width) if site[0] in PROJECTIONS else tensor
+                if self._grad and not tensor.requires_grad and _has_trainable(self._loaded, *site):
+                    self._cut.add(site)
 
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             keep(first_argument(args, kwargs))
@@ -114,14 +119,16 @@ class Capture:
 
     def _value(self, site: str, layer: int = 0) -> Tensor:
         if (site, layer) not in self._values:
-            raise ValueError(f"{site}{f'.{layer}' if layer else ''} was not seen: run one forward pass under Capture first")
-        tensor = self._values[site, layer]
-        if self._grad and not tensor.requires_grad and _has_trainable(self._loaded, site, layer):
+            raise ValueError(
+                f"{site}{f'.{layer}' if layer else ''} was not seen: run one forward pass under Capture first; of a block that another "
+                "model's stand in for there is hidden alone"
+            )
+        if (site, layer) in self._cut:
             raise ValueError(
                 f"{site}{f'.{layer}' if layer else ''} carries no gradient although weights below it train; re-entrant gradient "
                 "checkpointing does this: set use_reentrant to false"
             )
-        return tensor
+        return self._values[site, layer]
 
     def _feature(self, key: FeatureKey, batch: Batch) -> Tensor:
         loaded, layer = self._loaded, key.layer or 0
@@ -198,5 +205,5 @@ def _taken(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
 def _has_trainable(loaded: LoadedModel, site: str, layer: int) -> bool:
     """Whether embeddings or blocks that ``site`` depends on have weights that train."""
     blocks = range(1, (layer if layer or site == "hidden" else loaded.shape.layers) + 1)
-    below = [loaded.model.get_input_embeddings(), *(loaded.block(i) for i in blocks)]
+    below = [loaded.model.get_input_embeddings(), *(module for i in blocks for module in stand_ins(loaded.block(i)))]
     return any(weight.requires_grad for module in below for weight in module.parameters())

@@ -50,6 +50,10 @@ def document_masks(
     layers = {"": 1} if kinds is None else {kind: layer for layer, kind in enumerate(kinds, start=1)}
     masks = {kind: pair_mask(batch, shape, layer) for kind, layer in layers.items()}
     if additive is not None:
-        lowest = torch.finfo(additive).min
-        masks = {kind: torch.zeros_like(mask, dtype=additive).masked_fill(~mask, lowest) for kind, mask in masks.items()}
+        masks = {kind: as_added(mask, additive) for kind, mask in masks.items()}
     return masks[""] if kinds is None else masks
+
+
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """For eager attention: 0 where ``mask`` is True and the lowest number of ``dtype`` elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
