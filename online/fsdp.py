@@ -26,6 +26,7 @@ class Gathered(Slices):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the model itself first
+        self._units[0]._get_fsdp_state()._lazy_init()  # or a block that is called before the model would take itself for all of it
         model.register_forward_hook(self._release, always_call=True)
 
     @contextmanager

@@ -62,7 +62,8 @@ def _attend(
     if (allowed_BHTT := _allowed(attention_mask, scores_BHTT, causal)) is not None:
         scores_BHTT = scores_BHTT.masked_fill(~allowed_BHTT, torch.finfo(scores_BHTT.dtype).min)
     scores_BHTT = _written(module, "attention_scores", scores_BHTT)
-    probs_BHTT = _written(module, "attention_probs", scores_BHTT.softmax(-1, dtype=torch.float32).to(value_BHTC.dtype))
+    probs_BHTT = scores_BHTT.softmax(-1, dtype=torch.promote_types(scores_BHTT.dtype, torch.float32)).to(value_BHTC.dtype)
+    probs_BHTT = _written(module, "attention_probs", probs_BHTT)
     mixed_BHTC = F.dropout(probs_BHTT, dropout, module.training) @ value_BHTC
     return mixed_BHTC.transpose(1, 2).contiguous(), probs_BHTT
 
