@@ -47,7 +47,7 @@ class PKD(Method):
         normalise: bool = True,
     ) -> None:
         at = row_token(student)
-        pairs = [(FeatureKey("hidden", s, at), FeatureKey("hidden", t, at)) for s, t in _inner_pairs(layers, student, teacher)]
+        pairs = [(FeatureKey("hidden", s, at), FeatureKey("hidden", t, at)) for s, t in inner_pairs(layers, student, teacher)]
         super().__init__((s for s, _ in pairs), (t for _, t in pairs))
         self.pairs, self.positions, self.normalise = pairs, at, normalise
         self.projection = projection(student.width, teacher.width)
@@ -65,7 +65,7 @@ class PKD(Method):
         return {"patience": torch.stack(losses).sum()}
 
 
-def _inner_pairs(
+def inner_pairs(
     layers: Literal["skip", "last"] | list[tuple[int, int]], student: ModelShape, teacher: ModelShape
 ) -> list[tuple[int, int]]:
     """Pairs (student block, teacher block), counted from 1."""
