@@ -140,7 +140,7 @@ class Bundle(nn.Module):
         if not past or not _due(method):
             return []
         wanted = len(past) * method.look_back // self.looks_back()
-        return [(batch, self.of_teacher(name, features)) for batch, features in past[len(past) - wanted :]]
+        return [(batch, self.of_teacher(name, features) if features else {}) for batch, features in past[len(past) - wanted :]]
 
     def of_teacher(self, name: str, features: Features) -> Features:
         """What method ``name`` reads of ``features``."""

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from store.publish import file_crc32c
 from student_train import checkpoint
 from student_train.bundle import Bundle, method_names
+from student_train.methods.base import Method
 from student_train.outline import Outline
 from student_train.output import phase_folder
 from student_train.recipe import TrainRecipe
@@ -18,7 +19,7 @@ FILE = "methods.safetensors"
 
 def keep(bundle: Bundle, folder: Path) -> int | None:
     """Write the parameters of the methods to ``folder``; the file's checksum, None where there are none."""
-    own = {name: weight.detach() for name, weight in bundle.methods.named_parameters()}
+    own = {f"{of}.{name}": weight.detach() for of, method in bundle.methods.items() for name, weight in _learned(method).items()}
     if not own:
         return None
     checkpoint.save(own, folder / FILE)
@@ -44,7 +45,7 @@ def carry(bundle: Bundle, recipe: TrainRecipe) -> dict[str, str]:
         if problem:
             raise ValueError(f"{name} cannot carry on what {file} holds: {problem}")
         with torch.no_grad():
-            for key, weight in method.named_parameters():
+            for key, weight in _learned(method).items():
                 weight.copy_(kept[key])
         carried[name] = spec.carry
     return carried
@@ -71,11 +72,17 @@ def check_carried(one: Outline, earlier: Outline) -> None:
 
 def dropped(bundle: Bundle) -> list[str]:
     """Methods whose parameters do not reach the exported student."""
-    return [name for name, method in bundle.methods.items() if any(True for _ in method.parameters())]
+    return [name for name, method in bundle.methods.items() if _learned(method)]
+
+
+def _learned(method: nn.Module) -> dict[str, Tensor]:
+    """All that a method learns, by name."""
+    assert isinstance(method, Method)
+    return dict(method.named_parameters()) | {name: method.get_buffer(name) for name in method.learned_buffers}
 
 
 def _sizes(method: nn.Module) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in method.named_parameters()}
+    return {name: weight.shape for name, weight in _learned(method).items()}
 
 
 def _difference(own: dict[str, torch.Size], other: dict[str, torch.Size]) -> str:

@@ -40,7 +40,7 @@ class Step:
     phase has no such data."""
     past: Sequence[tuple[Batch, Features]] = ()
     """This rank's micro-batches of the last ``look_back`` steps and what the method reads of the teacher there, read again; empty except
-    in the first micro-batch of every ``look_back``-th step."""
+    in the first micro-batch of every ``look_back``-th step. Features are empty where the rows had no teacher."""
 
     def run(self, batch: Batch, keys: Iterable[FeatureKey]) -> Features:
         """The student's ``keys`` on ``batch``, with gradient."""

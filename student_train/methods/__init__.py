@@ -39,6 +39,7 @@ from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
 from student_train.methods.rkd import RKD
 from student_train.methods.rw_kd import RWKD
+from student_train.methods.rl_kd import RLKD
 from student_train.methods.sentence import Sentence
 from student_train.methods.sid import SID
 from student_train.methods.task_loss import TaskLoss
@@ -86,6 +87,7 @@ METHODS: dict[str, type[Method]] = {
     "tmkd": TMKD,
     "mt_bert": MTBERT,
     "match": Match,
+    "rl_kd": RLKD,
 }
 
 

@@ -90,7 +90,7 @@ class Method(nn.Module):
     """Whether ``learned`` wants to be told."""
     perturbs: bool = False
     """Whether the step is to be taken at embeddings moved by one unit vector along their gradient (LRC-BERT)."""
-    reads_meta: ClassVar[bool] = False
+    reads_meta: bool = False
     """Whether ``prepare`` looks at the labels of held-out rows, the phase's ``meta`` data."""
     live: ClassVar[bool] = False
     """Whether it works with the teachers' models themselves, which ``attach`` hands it, and so only where they run in the job (online)."""
@@ -100,6 +100,8 @@ class Method(nn.Module):
     """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
+    learned_buffers: ClassVar[tuple[str, ...]] = ()
+    """Buffers that it learns by rules of its own: kept for later phases, and carried on, as parameters are."""
 
     def __init__(self, student_keys: Iterable[FeatureKey], teacher_keys: Iterable[FeatureKey] = (), *, reads_labels: bool = False) -> None:
         super().__init__()
