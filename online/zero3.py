@@ -59,7 +59,7 @@ def load_zero3(model_class: type, arguments: Mapping[str, Any], sharding: Shardi
     Raises:
         ShardingError: DeepSpeed is not installed, a random head, or an offload that cannot be.
     """
-    deepspeed = _deepspeed(device)
+    deepspeed = library(device)
     skeleton, report = load_skeleton(model_class, arguments)
     refuse_random_head(arguments, report)
     config = _configuration(skeleton, arguments["dtype"], sharding, device)
@@ -105,8 +105,8 @@ def _partitioning(config: dict[str, Any]) -> Iterator[None]:
         del held
 
 
-def _deepspeed(device: torch.device) -> ModuleType:
-    """The library, silent, and without C++ operators that it would compile in the middle of a run."""
+def library(device: torch.device) -> ModuleType:
+    """DeepSpeed, silent, and without C++ operators that it would compile in the middle of a run."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index or 0)  # where DeepSpeed puts this rank's weights

@@ -5,16 +5,18 @@ checkpoints/checkpoint-<step>/
     buffers_<rank>.safetensors     the methods' buffers of each rank (only where there are several)
     best.safetensors               the student's best weights so far (only where a metric picks them)
     optimizer.pt scheduler.pt scaler.pt rng_state*.pth trainer_state.json     as transformers.Trainer writes them
+    optimizer_<rank>.pt            under ZeRO, instead of optimizer.pt: each rank's part
     complete.json                  the marker: every file with its size and crc32c, and the settings of the run
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,12 +30,15 @@ _PREFIX = "checkpoint-"
 _log = logging.getLogger(__name__)
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; of tied ones the first name alone (safetensors holds no shared memory)."""
+def weights(module: nn.Module, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tied ones the first name alone (safetensors holds no shared memory).
+
+    ``whole`` makes of each what is handed out.
+    """
     kept: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         kept.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach() for name, tensor in kept.values()}
+    return {name: whole(tensor) for name, tensor in kept.values()}
 
 
 def restore(module: nn.Module, saved: Mapping[str, Tensor], where: Path) -> None:
@@ -67,6 +72,19 @@ def method_buffers(methods: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers of the methods: each rank has its own (memory banks), parameters are the same on all."""
     parameters = {name for name, _ in methods.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in weights(methods).items() if name not in parameters}
+
+
+def read(bundle: nn.Module, methods: nn.Module, folder: Path, rank: int) -> None:
+    """Put what the checkpoint ``folder`` holds into ``bundle``, and the buffers of this ``rank`` into its ``methods``.
+
+    Raises:
+        ValueError: it is of another student or of other methods.
+    """
+    with torch.no_grad():
+        restore(bundle, load(folder / "model.safetensors"), folder)
+        buffers = folder / f"buffers_{rank}.safetensors"
+        for name, saved in (load(buffers) if buffers.exists() else {}).items():
+            method_buffers(methods)[name].copy_(saved)
 
 
 def clear(folder: Path) -> None:

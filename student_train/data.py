@@ -9,11 +9,15 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Self
 
 import numpy as np
-from torch.utils.data import Dataset, get_worker_info
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from transformers import TrainingArguments
 
+from online.batch import Batch, Features
 from online.collate import collate
 from online.teacher import Fetched, LiveTeacher, Teacher, Teachers
 from store import order
@@ -54,6 +58,10 @@ class Source:
     def of(cls, data: DataSpec, store: Store, teacher: Teacher | Teachers | None) -> Self:
         """The rows that ``data`` names."""
         return cls(store, teacher, data.split, data.weight, data.compared_pass, data.where, data.shuffle, data.window, data.by_length)
+
+    def answers(self, batch: Batch, fetched: Fetched) -> Features:
+        """What its teacher answers for ``batch``."""
+        return {} if self.teacher is None else self.teacher.features(batch, fetched)
 
     def ordered(self) -> order.Source:
         """Its rows as an order draws from them; looks at all of them.
@@ -165,3 +173,17 @@ def _read(number: int, taught: bool, source: Source, rows: Ints) -> MicroBatch:
         return {} if teacher is None else teacher.fetch(rows, allocate)
 
     return MicroBatch.lent(number, taught, batch, fetch)
+
+
+def loader(data: MicroBatches, args: TrainingArguments) -> DataLoader[MicroBatch | Failed]:
+    """Items in their order; a generator of its own, so that starting it draws nothing from the global one."""
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        data,
+        collate_fn=itemgetter(0),
+        num_workers=workers,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed),
+    )

@@ -1,10 +1,12 @@
 """The parts of a student, the size of the gradient in each, and learning rates that methods change part by part."""
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -52,6 +54,30 @@ def split_groups(optimizer: Optimizer, student: LoadedModel) -> None:
             of_part.setdefault(number.get(id(weight)), []).append(weight)
         groups += [{**group, "params": weights, PART: part} for part, weights in of_part.items()]
     optimizer.param_groups[:] = groups
+
+
+def check_terms(terms: Mapping[str, Tensor], step: str, store: Path) -> None:
+    """Refuse loss terms that are not finite.
+
+    Raises:
+        ValueError: names one, the ``step`` and the ``store`` of its rows.
+    """
+    finite = torch.isfinite(torch.stack(list(terms.values()))).tolist()
+    for name, sound in zip(terms, finite, strict=True):
+        if not sound:
+            raise ValueError(
+                f"{step}: the loss term {name} is {terms[name].item()} on rows of {store}; "
+                "nothing of this step is kept; try a lower learning_rate, or look at the rows with teacher-dump show"
+            )
+
+
+def check_norm(norm: float, step: int) -> float:
+    """The norm of the whole gradient of ``step``; raises ValueError where it is not finite."""
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"step {step}: the gradient is {norm} though every loss term is finite; nothing of this step is kept; try a lower learning_rate"
+        )
+    return norm
 
 
 class Gates(TrainerCallback):

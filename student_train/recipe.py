@@ -14,6 +14,7 @@ from store.strict import Strict, did_you_mean
 from store.together import PassName
 from student_train.live import LiveSpec, Online
 from student_train.schedule import Scheduled
+from student_train.zero import Zero
 
 
 def _different_passes(value: PassName | None) -> PassName | None:
@@ -193,6 +194,8 @@ class PhaseSpec(Strict):
     accumulation: int = Field(default=1, ge=1)
     workers: int = Field(default=0, ge=0)
     """Loader processes of each rank."""
+    zero: Zero | None = None
+    """Share the student's optimiser state, gradients and weights out over the ranks of a launch (DeepSpeed); by default each has all."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a better ``best`` metric."""
     gradient_norms: int | None = Field(default=None, ge=1)

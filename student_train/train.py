@@ -28,6 +28,7 @@ from student_train.patience import out_of_patience
 from student_train.progress import Progress
 from student_train.recipe import PhaseSpec
 from student_train.trainer import TRAINER_STATE, DistillationTrainer
+from student_train.zero import check_launch
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +63,17 @@ def train(
 
     Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` and ``output/tensorboard``. Where
     ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses. ``evaluate`` is
-    called on rank 0, or where ``together`` on all ranks, with the bundle in eval mode; ``phase.best`` names one of the metrics it returns.
+    called on rank 0, with the bundle in eval mode; on all ranks where ``together``, or where the student lies in parts.
+    ``phase.best`` names
+    one of the metrics it returns.
 
     Raises:
         ValueError: a trainer argument, batch size or metric that does not fit, a checkpoint of other settings, or a loss
             that is not finite.
     """
     where, checkpoints = f"phase {phase.name!r}", output / CHECKPOINTS
+    if phase.zero is not None:
+        check_launch(where)
     data = micro_batches(sources, phase, seed, meta)
     args = training_arguments(
         phase.trainer,
@@ -99,10 +104,11 @@ def train(
         ranks,
         settings=settings,
         evaluate=evaluate,
-        together=together,
+        together=together or (phase.zero is not None and phase.zero.stage == 3),
         best=phase.best,
         patience=phase.patience,
         gradient_norms=phase.gradient_norms,
+        zero=phase.zero,
         callbacks=callbacks,
     )
     bundle.begin(Moment(step, data.steps, data.epoch_steps, seed))
@@ -117,6 +123,8 @@ def train(
     finally:
         progress.close()
         lending.forget()
+    if trainer.engine is not None:
+        trainer.engine.end()
     trainer.use_best_weights()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     bundle.eval()
@@ -161,6 +169,7 @@ def _settings(phase: PhaseSpec, data: MicroBatches, seed: int, ranks: int) -> di
     """What a resumed run must have in common with the run that made its checkpoint, or its losses would differ."""
     settings = {
         "ranks": ranks,
+        "zero": None if phase.zero is None else phase.zero.model_dump(mode="json"),
         "seed": seed,
         "steps": data.steps,
         "batch_rows": phase.batch_rows,

@@ -2,15 +2,13 @@
 
 The data loader counts micro-batches of the whole run, so to Trainer a run is one epoch of examples that are batches
 already: skipping to a position reads nothing. Denominators of loss terms are counted over ranks and accumulation steps
-before the first forward pass of a step; each rank's loss is multiplied by their number because DDP averages gradients.
+before the first forward pass of a step; each rank's loss is multiplied by their number because DDP and ZeRO average gradients.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -19,23 +17,24 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from online.batch import Features
 from online.ranks import Ranks
 from store.manifest import Json
-from store.strict import did_you_mean
 from student_train import checkpoint
 from student_train.agreement import check_agreement
 from student_train.bundle import Bundle
-from student_train.data import Failed, MicroBatches, Source
-from student_train.gradients import Gates, norms, split_groups
+from student_train.data import Failed, MicroBatches, loader
+from student_train.engine import Engine
+from student_train.gradients import Gates, check_norm, check_terms, norms, split_groups
 from student_train.journal import Journal
 from student_train.micro_batch import MicroBatch
 from student_train.moment import Moment
-from student_train.patience import out_of_patience
+from student_train.patience import is_better, out_of_patience
 from student_train.random_state import random_state_kept
-from student_train.window import Counts, Window
+from student_train.window import Counts, Window, counted
+from student_train.zero import Zero
 
 TRAINER_STATE = "trainer_state.json"
+SCHEDULER = "scheduler.pt"
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +56,7 @@ class DistillationTrainer(Trainer):
         best: str | None,
         patience: int | None,
         gradient_norms: int | None = None,
+        zero: Zero | None = None,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model=bundle, args=args, train_dataset=data, eval_dataset={}, callbacks=callbacks)
@@ -64,7 +64,8 @@ class DistillationTrainer(Trainer):
         self.watched: dict[str, Tensor] = {}
         """Sums of the terms, of this step and rank, that methods want to know."""
         self.bundle, self.data, self.ranks, self.settings = bundle, data, ranks, settings
-        self.together = together
+        self.together, self.zero = together, zero
+        self.engine: Engine | None = None
         self.past: list[MicroBatch] = []
         self.measure, self.best, self.patience = evaluate, best, patience
         self.folder = Path(args.output_dir)
@@ -75,17 +76,8 @@ class DistillationTrainer(Trainer):
     # data
 
     def get_train_dataloader(self) -> DataLoader[MicroBatch | Failed]:
-        """Items are micro-batches; a generator of its own, so that starting the loader draws nothing from the global one."""
-        args = self.args
-        return DataLoader(
-            self.data,
-            collate_fn=itemgetter(0),
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
-            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            generator=torch.Generator().manual_seed(args.seed),
-        )
+        """Items are micro-batches."""
+        return loader(self.data, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[MicroBatch | Failed], num_batches: int, device: torch.device
@@ -93,7 +85,7 @@ class DistillationTrainer(Trainer):
         """The micro-batches of one optimiser step, and their counts over all ranks.
 
         Raises:
-            ValueError: the step has nothing to learn from; its loss would be 0, and look like success.
+            ValueError: the step has nothing to learn from.
         """
         started = time.perf_counter()
         self.bundle.begin(self.moment)
@@ -103,22 +95,9 @@ class DistillationTrainer(Trainer):
         self.past = self.read_again(self.bundle.looks_back(), num_batches)
         items = [next(epoch_iterator) for _ in range(num_batches)]
         self.window.waited += time.perf_counter() - started
-        micro_batches: list[MicroBatch] = []
-        counts: Counts = {"tokens": 0.0}
-        for item in items:
-            item = self.written(item)
-            micro_batches.append(item)
-            counts["tokens"] += float(item.batch.lengths.sum())
-            for name, count in self.bundle.counts(item.batch, item.taught).items():
-                counts[name] = counts.get(name, 0.0) + count
-        counts = dict(zip(counts, self.ranks.sum(list(counts.values())), strict=True))
-        terms = [name for name in counts if name != "tokens"]
-        if not any(counts[name] for name in terms):
-            store = self.data.sources[micro_batches[0].source].store.path
-            raise ValueError(
-                f"step {self.state.global_step + 1}: rows of {store} hold nothing for {', '.join(terms)} to learn from; expected labels or "
-                "masked words: build the rows with a label, or with objective mlm or causal"
-            )
+        micro_batches = [self.written(item) for item in items]
+        store = self.data.sources[micro_batches[0].source].store.path
+        counts = counted(self.bundle, micro_batches, self.ranks, f"step {self.state.global_step + 1}: rows of {store}")
         self.window.add_step(counts)
         return micro_batches, counts
 
@@ -158,49 +137,72 @@ class DistillationTrainer(Trainer):
             self.add_callback(Gates(self.bundle))
         return optimizer
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[MicroBatch | Failed], resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader[MicroBatch | Failed]]:
+        """As Trainer's; under ZeRO the engine takes the places of the wrapped model and of the optimiser."""
+        if self.zero is None:
+            prepared: tuple[nn.Module, DataLoader[MicroBatch | Failed]] = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+            return prepared
+        optimizer = self.create_optimizer()
+        self.create_scheduler(num_training_steps=max_steps)
+        self.engine = self.optimizer = Engine(self.zero, self.bundle, optimizer, self.args)
+        self.model_wrapped = self.engine.model
+        if resume_from_checkpoint is not None:
+            self.engine.load(Path(resume_from_checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(resume_from_checkpoint) / SCHEDULER, weights_only=True))
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        return self.model_wrapped, train_dataloader
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Counts | None = None) -> Tensor:
+        """As Trainer's; under ZeRO the engine goes backward."""
+        if self.engine is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.engine.backward(loss, last=self.accelerator.sync_gradients)
+        return loss.detach()
+
     def compute_loss(
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Counts | None = None
     ) -> Tensor:
-        """The micro-batch's share of the step's loss.
-
-        Raises:
-            ValueError: a term is not finite; names it, the step and the rows' store.
-        """
+        """The micro-batch's share of the step's loss; raises ValueError where a term of it is not finite."""
         source = self.data.sources[inputs.source]
         meta = None
         with torch.no_grad():
-            features = _features(source, inputs)
+            features = source.answers(inputs.batch, inputs.fetched)
             if inputs.meta is not None and self.data.meta is not None:
-                meta = inputs.meta.batch, _features(self.data.meta, inputs.meta)
-            past = [(one.batch, _features(self.data.sources[one.source], one)) for one in map(self._prepare_inputs, self.past)]
+                meta = inputs.meta.batch, self.data.meta.answers(inputs.meta.batch, inputs.meta.fetched)
+            past = [
+                (one.batch, self.data.sources[one.source].answers(one.batch, one.fetched)) for one in map(self._prepare_inputs, self.past)
+            ]
         self.past = []  # the first micro-batch of the step has it
         loss, terms = model(inputs.batch, features, num_items_in_batch, inputs.taught, meta, past)
-        finite = torch.isfinite(torch.stack(list(terms.values()))).tolist()
-        for name, sound in zip(terms, finite, strict=True):
-            if not sound:
-                raise ValueError(
-                    f"step {self.state.global_step + 1}: the loss term {name} is {terms[name].item()} on rows of {source.store.path}; "
-                    "nothing of this step is kept; try a lower learning_rate, or look at the rows with teacher-dump show"
-                )
+        check_terms(terms, f"step {self.state.global_step + 1}", source.store.path)
         self.window.add(terms)
         for name in filter(self.bundle.watched, terms):
             self.watched[name] = self.watched.get(name, torch.zeros(())) + terms[name].cpu()
         return loss * self.ranks.count
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        if self.engine is not None:  # clips as it steps, and knows the norm only then
+            return None
         self._note_norms()
         clipped: Tensor | float | None = super()._clip_grad_norm(model)
         return clipped
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        if self.engine is not None:
+            return None
         if not self.args.max_grad_norm:
             self._note_norms()
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-            raise ValueError(
-                f"step {self.state.global_step + 1}: the gradient is {float(norm)} though every loss term is finite; "
-                "nothing of this step is kept; try a lower learning_rate"
-            )
+        if self.accelerator.scaler is None and norm is not None:
+            check_norm(float(norm), self.state.global_step + 1)
         return norm
 
     @property
@@ -251,17 +253,14 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def _keep_best(self, metrics: Mapping[str, float], best: str) -> None:
-        name, sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
-        if name not in metrics:
-            raise ValueError(f"best: no metric {name!r}{did_you_mean(name, sorted(metrics))}")
-        value = metrics[name]
-        known = -math.inf if self.state.best_metric is None else sign * self.state.best_metric
-        if sign * value > known:  # never where it is NaN
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        if is_better(self.state, metrics, best):
+            weights = self.weights(self.bundle.student)
             if self.ranks.number == 0:
-                self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in checkpoint.weights(self.bundle.student).items()}
+                self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in weights.items()}
         elif out_of_patience(self.state, self.patience):
-            _log.info("stopped at step %d: no better %s since step %d", self.state.global_step, name, self.state.best_global_step)
+            _log.info(
+                "stopped at step %d: no better %s since step %d", self.state.global_step, best.lstrip("-"), self.state.best_global_step
+            )
             self.control.should_training_stop = True
 
     # checkpoints
@@ -277,6 +276,8 @@ class DistillationTrainer(Trainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
+        if self.engine is not None:
+            grad_norm = check_norm(self.engine.norm(), self.state.global_step)
         if self.watched:
             self.bundle.learned(dict(zip(self.watched, self.ranks.sum([float(term) for term in self.watched.values()]), strict=True)))
             self.watched = {}
@@ -290,13 +291,19 @@ class DistillationTrainer(Trainer):
             checkpoint.clear(self.folder)
         self.ranks.wait()
         with checkpoint.writing(self.folder) as writing:
-            self._save_optimizer_and_scheduler(str(writing))
+            if self.engine is None:
+                self._save_optimizer_and_scheduler(str(writing))
+            else:
+                self.engine.save(writing)
             self._save_scaler(str(writing))
             self._save_rng_state(str(writing))
             if self.ranks.count > 1:
                 checkpoint.save(checkpoint.method_buffers(self.bundle.methods), writing / f"buffers_{self.ranks.number}.safetensors")
+            weights = self.weights(self.bundle)
             if self.ranks.number == 0:
-                checkpoint.save(checkpoint.weights(self.bundle), writing / "model.safetensors")
+                checkpoint.save(weights, writing / "model.safetensors")
+                if self.engine is not None:
+                    torch.save(self.lr_scheduler.state_dict(), writing / SCHEDULER)
                 if self.best_weights is not None:
                     checkpoint.save(self.best_weights, writing / "best.safetensors")
                 self.state.save_to_json(str(writing / TRAINER_STATE))
@@ -310,11 +317,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        with torch.no_grad():
-            checkpoint.restore(self.bundle, checkpoint.load(folder / "model.safetensors"), folder)
-            buffers = folder / f"buffers_{self.ranks.number}.safetensors"
-            for name, saved in (checkpoint.load(buffers) if buffers.exists() else {}).items():
-                checkpoint.method_buffers(self.bundle.methods)[name].copy_(saved)
+        checkpoint.read(self.bundle, self.bundle.methods, folder, self.ranks.number)
         if self.ranks.number == 0 and (folder / "best.safetensors").exists():
             self.best_weights = checkpoint.load(folder / "best.safetensors")
 
@@ -327,6 +330,10 @@ class DistillationTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)  # when to log and save follows the recipe, not the checkpoint
         return position
 
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """As ``checkpoint.weights``, on the first rank; all ranks come here."""
+        return checkpoint.weights(module) if self.engine is None else self.engine.weights(module)
+
     def use_best_weights(self) -> None:
         """Put the best weights into the student, on all ranks."""
         if self.state.best_global_step is None or self.best is None:
@@ -337,8 +344,3 @@ class DistillationTrainer(Trainer):
             if self.ranks.count > 1:
                 for tensor in checkpoint.weights(self.bundle.student).values():
                     dist.broadcast(tensor, src=0)
-
-
-def _features(source: Source, micro_batch: MicroBatch) -> Features:
-    """What the teacher of ``source`` answers."""
-    return {} if source.teacher is None else source.teacher.features(micro_batch.batch, micro_batch.fetched)

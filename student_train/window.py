@@ -1,12 +1,14 @@
-"""What has been summed since the last log."""
+"""What is counted before an optimiser step, and what has been summed since the last log."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from online.ranks import Ranks
+from student_train.bundle import Bundle
+from student_train.micro_batch import MicroBatch
 
 Counts = dict[str, float]
 
@@ -45,3 +47,24 @@ class Window:
         means = {name: value / self.steps[name] for name, value in zip(names, sums, strict=True) if name in self.steps}
         means |= {name: norm / ranks.count for name, norm in zip(self.norms, of_norms, strict=True)}
         return {**means, "tokens_per_second": self.tokens / elapsed, "loader_wait": waited / ranks.count / elapsed}
+
+
+def counted(bundle: Bundle, micro_batches: Sequence[MicroBatch], ranks: Ranks, where: str) -> Counts:
+    """What each term of an optimiser step sums over, and its ``tokens``, over all ranks; a collective.
+
+    Raises:
+        ValueError: there is nothing to learn from: the loss would be 0, and look like success.
+    """
+    counts: Counts = {"tokens": 0.0}
+    for item in micro_batches:
+        counts["tokens"] += float(item.batch.lengths.sum())
+        for name, count in bundle.counts(item.batch, item.taught).items():
+            counts[name] = counts.get(name, 0.0) + count
+    counts = dict(zip(counts, ranks.sum(list(counts.values())), strict=True))
+    terms = [name for name in counts if name != "tokens"]
+    if not any(counts[name] for name in terms):
+        raise ValueError(
+            f"{where} hold nothing for {', '.join(terms)} to learn from; expected labels or "
+            "masked words: build the rows with a label, or with objective mlm or causal"
+        )
+    return counts

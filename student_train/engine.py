@@ -1,0 +1,138 @@
+"""Training under ZeRO: DeepSpeed's engine, where transformers.Trainer has a wrapped model and an optimiser otherwise."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from online.zero3 import library
+from student_train import checkpoint
+from student_train.bundle import Bundle
+from student_train.zero import Zero, configuration
+
+STILL = "still"
+"""Entry of an optimiser's parameter group: whether this step leaves its weights, moments and step count as they are."""
+
+
+class Engine:
+    """The optimiser of a run under ZeRO, and all that differs where weights or gradients lie in parts.
+
+    Args:
+        optimizer: A fresh one of torch's, over weights that are whole; DeepSpeed makes its parameters flat parts of them.
+    """
+
+    def __init__(self, zero: Zero, bundle: Bundle, optimizer: Optimizer, args: TrainingArguments) -> None:
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by DeepSpeed, set by its own launcher only
+        deepspeed = library(args.device)
+        self._stage, self._bundle, self._base, self._rank = zero.stage, bundle, optimizer, args.process_index
+        self._names = _names(optimizer, bundle)
+        self.model: Any = deepspeed.initialize(model=bundle, optimizer=optimizer, config=configuration(zero, bundle, args))[0]
+        """What runs forward passes."""
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+        optimizer.register_step_pre_hook(self._set_aside)
+        optimizer.register_step_post_hook(self._put_back)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimiser; their weights are flat parts."""
+        groups: list[dict[str, Any]] = self._base.param_groups
+        return groups
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch, averaged over ranks; ``last`` says that a step follows."""
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Clip the gradients and move the weights, all ranks together; groups that are STILL stay."""
+        self.model.step()
+
+    def zero_grad(self) -> None:
+        """Nothing: a step ends without gradients."""
+
+    def norm(self) -> float:
+        """Of the whole gradient of the last step, before clipping."""
+        return float(self.model.get_global_grad_norm())
+
+    def _set_aside(self, optimizer: Optimizer, _arguments: object, _named: object) -> None:
+        """torch's optimisers skip weights without gradient."""
+        for group in optimizer.param_groups:
+            if group.get(STILL):
+                self._kept += [(weight, weight.grad) for weight in group["params"]]
+                for weight in group["params"]:
+                    weight.grad = None
+
+    def _put_back(self, _optimizer: Optimizer, _arguments: object, _named: object) -> None:
+        for weight, slope in self._kept:
+            weight.grad = slope  # DeepSpeed goes on using it where it offloads
+        self._kept = []
+
+    # checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Write what the optimiser knows of this rank's parts; weights are not among it."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        states = [self._base.state.get(part, {}) for part in self._parts]
+        torch.save({"names": self._names, "groups": groups, "states": states}, folder / _file(self._rank))
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote; the weights must be those of the same checkpoint already.
+
+        Raises:
+            ValueError: it is of other groups of weights.
+        """
+        saved = torch.load(folder / _file(self._rank), map_location="cpu", weights_only=True)
+        if saved["names"] != self._names:
+            raise ValueError(f"{folder} was made with other parameter groups than this run's: give another output folder")
+        for group, known in zip(self.param_groups, saved["groups"], strict=True):
+            group.update(known)
+        for part, state in zip(self._parts, saved["states"], strict=True):
+            self._base.state[part] = {
+                name: value.to(part.device) if torch.is_tensor(value) and value.dim() else value for name, value in state.items()
+            }
+
+    @property
+    def _parts(self) -> Sequence[Tensor]:
+        """The flat vectors that the optimiser moves on this rank."""
+        inner = self.model.optimizer
+        parts: Sequence[Tensor] = inner.fp32_partitioned_groups_flat if self._stage == 3 else inner.single_partition_of_fp32_groups
+        return parts
+
+    # weights
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """As ``checkpoint.weights``; under stage 3 all ranks gather them, and the first gets them, on the CPU."""
+        return checkpoint.weights(module, self._whole) if self._stage == 3 else checkpoint.weights(module)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_tensor"):  # a buffer
+            return tensor.detach()
+        with library(tensor.device).zero.GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True) if self._rank == 0 else torch.empty(0)
+
+    def end(self) -> None:
+        """Give the bundle plain weights of its own again, whole on every rank, and take DeepSpeed out of it."""
+        zero = library(self.model.device).zero
+        plain: dict[int, nn.Parameter] = {}
+        for weight in self._bundle.parameters():
+            with zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_tensor")):
+                plain[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        self.model.destroy()
+        for module in self._bundle.modules():
+            own = dict(module._parameters)
+            module._parameters = {name: None if weight is None else plain[id(weight)] for name, weight in own.items()}
+
+
+def _names(optimizer: Optimizer, bundle: Bundle) -> list[list[str]]:
+    """The weights of each parameter group."""
+    known = {id(weight): name for name, weight in bundle.named_parameters()}
+    return [[known[id(weight)] for weight in group["params"]] for group in optimizer.param_groups]
+
+
+def _file(rank: int) -> str:
+    return f"optimizer_{rank}.pt"
