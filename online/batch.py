@@ -53,6 +53,15 @@ class Batch:
     phrases: Tensor | None = None
     """[B, T] int64 number of the phrase that a token belongs to, from 1 on in each row, in the order of the tokens; 0 on padding and tokens
     of none. None where rows have no phrases."""
+    interchange: Tensor | None = None
+    """[B, T] int64 which token of its partner takes a token's place in an intervention; -1 for none, and on padding. Rows 2k and 2k + 1
+    are partners; None where rows have none, or stand in this batch without them."""
+    draws: Tensor | None = None
+    """[B] int64 random number from 0 on, the same for both of a pair; None where ``interchange`` is."""
+
+    written: Tensor | None = None
+    """[B] bool: rows whose labelled words a model has just written (online.rollout), so that they are no truth to learn by; None where
+    there are none."""
 
     @property
     def lengths(self) -> Tensor:

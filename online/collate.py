@@ -9,24 +9,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import IGNORED, Batch, bucket
+from store.errors import CorruptShard
 from store.manifest import Task
+from store.pairs import sound, stand_in_pairs
 from store.reader import Store
 from store.rows import Row
 
 Ints = NDArray[np.int64]
-ARRAYS = ("input_ids", "segments", "documents", "token_labels", "phrases")
+ARRAYS = ("input_ids", "segments", "documents", "token_labels", "phrases", "interchange")
 
 
 def collate(store: Store, rows: Ints) -> Batch:
     """The ``rows`` [B] of a store, in this order, padded on the right to the longest bucket among them.
 
     Raises:
-        CorruptShard: a file of the rows is damaged.
+        CorruptShard: a file of the rows is damaged, or pairs of rows take what the other has not.
     """
     info, numbers = store.manifest.rows, store.rows.at(rows)
     packed, labels = store.all_tokens(rows), store.rows.label_at(rows)
     domains = store.rows.domain_at(rows) if info.domains else None
-    return _batch(rows, packed, numbers.length, labels, numbers.group, domains, info.objective, info.task, info.pad_id)
+    draws = store.rows.draw_at(rows) if info.paired and stand_in_pairs(rows, numbers.group) else None
+    if draws is not None and not sound(packed["interchange"], numbers.length, draws):
+        raise CorruptShard(
+            f"the rows of {store.where} hold pairs of which one takes what the other has not; rows cannot be mended: remove the folder "
+            "and start the dump again"
+        )
+    return _batch(rows, packed, numbers.length, labels, numbers.group, domains, draws, info.objective, info.task, info.pad_id)
 
 
 def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -> Batch:
@@ -36,7 +44,10 @@ def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -
     labels = np.array([np.nan if row.label is None else row.label for row in rows])
     groups = np.array([row.group for row in rows])
     domains = None if rows[0].domain is None else np.array([row.domain for row in rows])
-    return _batch(np.arange(len(rows)), packed, lengths, labels, groups, domains, objective, task, pad_id)
+    draws = None
+    if rows[0].draw is not None and stand_in_pairs(np.arange(len(rows)), groups):
+        draws = np.array([row.draw for row in rows])
+    return _batch(np.arange(len(rows)), packed, lengths, labels, groups, domains, draws, objective, task, pad_id)
 
 
 def _batch(
@@ -46,6 +57,7 @@ def _batch(
     labels: NDArray[np.float64],
     groups: Ints,
     domains: Ints | None,
+    draws: Ints | None,
     objective: str,
     task: Task,
     pad_id: int,
@@ -78,6 +90,8 @@ def _batch(
         groups=torch.from_numpy(np.asarray(groups, np.int64)),
         domains=None if domains is None else torch.from_numpy(np.asarray(domains, np.int64)),
         phrases=padded(packed.get("phrases"), 0),
+        interchange=None if draws is None else padded(packed["interchange"], -1),
+        draws=None if draws is None else torch.from_numpy(np.asarray(draws, np.int64)),
     )
 
 

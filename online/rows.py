@@ -27,6 +27,7 @@ from online.fingerprints import tokenizer_fingerprint
 from online.labels import LabelSpec
 from online.masking import Ids, mask_tokens
 from online.packing import documents
+from online.pairs import InterchangeSpec, paired, planned
 from online.phrases import PhraseSpec
 from online.spans import SpanSpec
 from online.templates import Template
@@ -59,6 +60,8 @@ class RowsSpec(Strict):
     """The domain of a record, for methods that treat domains apart."""
     phrases: PhraseSpec | None = None
     """Which tokens make a phrase, for methods that compare phrases."""
+    interchange: InterchangeSpec | None = None
+    """Rows in pairs that take hidden states of one another, for interventions (DIITO); each masking copy pairs them anew."""
     max_length: int = Field(default=128, ge=2)
     """Longest row in tokens, special tokens included."""
     long: Literal["truncate", "split", "pack"] = "truncate"
@@ -111,6 +114,10 @@ class RowsSpec(Strict):
         )
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
+        grouped = bool(self.choices) or self.group is not None
+        yield self.interchange is not None and grouped, "interchange: pairs are groups: leave choices and group out"
+        masked = self.interchange is not None and self.interchange.positions == "masked"
+        yield masked and self.objective != "mlm", "interchange: positions: only objective mlm has masked tokens"
         yield bool(self.choices) and self.group is not None, "group: the choices of a record already are a group"
         in_all = [*fields, *(name for choice in self.choices for name in Template(choice).fields)]
         by_column = self.phrases is not None and self.phrases.column is not None
@@ -172,9 +179,11 @@ def iter_groups(
         records = (_held_out(record, spec) for record in records)
         records = with_domains(records, spec.domain) if spec.domain else records
         drafted = examples(records, spec, tokenizer) if spec.long == "truncate" else documents(records, spec, tokenizer)
-        for drafts in drafted:
+        for drafts in paired(drafted, spec.seed, number_of_copy) if spec.interchange else drafted:
             group = next(number)
-            yield [finish(draft, number_of_copy, group) for draft in drafts]
+            rows = [finish(draft, number_of_copy, group) for draft in drafts]
+            first = drafts[0]
+            yield planned(rows, (first.record.ordinal, first.part), spec.interchange, spec.seed) if spec.interchange else rows
 
 
 def build_rows(spec: RowsSpec, tokenizer: PreTrainedTokenizerBase, path: Path, made: Provenance, *, read_rows: int = 1024) -> RowsInfo:
@@ -231,7 +240,8 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
-    later = {name for name in ("domain", "phrases") if getattr(spec, name) is None}  # rows without them are as they always were
+    # rows without these are as they always were
+    later = {name for name in ("domain", "phrases", "interchange") if getattr(spec, name) is None}
     options = spec.model_dump(mode="json", exclude={"sources", *later})
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 

@@ -27,11 +27,12 @@ def row_problems(rows: RowTable, full: bool, compare: bool) -> Iterator[tuple[Pa
         except CorruptShard as error:
             sound = False
             yield layout.slot_file(layout.rows_array(rows.store, "numbers"), slot), str(error)
-        try:
-            if rows.info.domains:
-                rows.domains_in(slot)
-        except CorruptShard as error:
-            yield layout.slot_file(layout.rows_array(rows.store, "domain"), slot), str(error)
+        for name, look in (("domain", rows.domain_at), ("draw", rows.draw_at)):
+            try:
+                if name in rows.info.row_arrays:
+                    look(rows.rows_of(slot))
+            except CorruptShard as error:
+                yield layout.slot_file(layout.rows_array(rows.store, name), slot), str(error)
     first = 0
     for number, part in enumerate(rows.info.parts):
         members = np.arange(first, first + part.rows)

@@ -20,6 +20,7 @@ from store.errors import StoreError
 from store.features import ArraySpec
 from store.joins import joined
 from store.manifest import SCHEMA, Filled, Json, Manifest, Origin, Part, Provenance, RowsInfo, Task, read_manifest
+from store.pairs import sound
 from store.parts import PART_ROWS
 from store.publish import file_crc32c, make_folder, sync_file, sync_folder
 from store.remote import local
@@ -100,6 +101,8 @@ class RowWriter:
             self._start(rows[0])
         for row in rows:
             self._check(row)
+        if "interchange" in self._arrays:
+            _check_pair(rows)
         tokens = sum(len(row.input_ids) for row in rows)
         if tokens > self.slot_tokens:
             raise ValueError(
@@ -220,7 +223,7 @@ class RowWriter:
 
     def _start(self, row: Row) -> None:
         self._arrays = {name: spec for name, spec in TOKEN_ARRAYS.items() if getattr(row, name) is not None}
-        self._of_rows = {name: spec for name, spec in ROW_ARRAYS.items() if name != "domain" or row.domain is not None}
+        self._of_rows = {name: spec for name, spec in ROW_ARRAYS.items() if name in ("numbers", "label") or getattr(row, name) is not None}
         self._crcs |= {name: [] for name in (*self._of_rows, *self._arrays)}
         for name in self._of_rows:
             make_folder(layout.rows_array(self.path, name))
@@ -241,6 +244,8 @@ class RowWriter:
             raise ValueError(f"{_where(row)}: labelled: expected 0 to {length}, found {row.labelled}")
         if (row.domain is not None) != ("domain" in self._of_rows) or not 0 <= (row.domain or 0) < 1 << 31:
             raise ValueError(f"{_where(row)}: domain: expected a number from 0 on in all rows, or in none, found {row.domain}")
+        if (row.draw is not None) != ("draw" in self._of_rows) or not 0 <= (row.draw or 0) < 1 << 31:
+            raise ValueError(f"{_where(row)}: draw: expected a number from 0 on in all rows, or in none, found {row.draw}")
         if row.phrases is not None and not _ascend(row.phrases):
             raise ValueError(f"{_where(row)}: phrases: expected numbers from 1 on, each for one stretch of tokens, in their order")
         for start, end in row.spans:
@@ -263,6 +268,7 @@ class RowWriter:
             "numbers": _numbers(self._slot, codes),
             "label": np.array([np.nan if row.label is None else row.label for row in self._slot]),
             "domain": np.array([row.domain or 0 for row in self._slot], np.int32),
+            "draw": np.array([row.draw or 0 for row in self._slot], np.int32),
         }
         for name, spec in self._of_rows.items():
             path = layout.slot_file(layout.rows_array(self.path, name), slot)
@@ -307,6 +313,16 @@ def _ascend(phrases: NDArray[np.uint16]) -> bool:
     """Whether each number but 0 stands in one stretch and is the next one after that of the stretch before."""
     starts = phrases[np.flatnonzero(np.diff(phrases, prepend=0))]
     return np.array_equal(starts[starts > 0], np.arange(1, (starts > 0).sum() + 1))
+
+
+def _check_pair(rows: Sequence[Row]) -> None:
+    """Refuse a group that is no pair with a sound plan."""
+    if len(rows) != 2 or any(row.draw is None for row in rows):
+        raise ValueError(f"{_where(rows[0])}: expected rows with interchange in groups of two, each with a draw, found {len(rows)}")
+    plan = np.concatenate([row.interchange for row in rows if row.interchange is not None])
+    lengths, draws = np.array([len(row.input_ids) for row in rows]), np.array([row.draw for row in rows])
+    if not sound(plan, lengths, draws):
+        raise ValueError(f"{_where(rows[0])}: interchange: expected rows that name one another's tokens, and one draw, in a pair")
 
 
 def _where(row: Row) -> str:

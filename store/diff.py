@@ -78,7 +78,7 @@ class Difference:
     compared: int = 0
     """Rows that both have, by number."""
     differing: list[int] = field(default_factory=list)
-    """Numbers of rows whose tokens, labels, split, domain or group are not the same; their features are not compared."""
+    """Numbers of rows whose tokens, labels, split, domain, draw or group are not the same; their features are not compared."""
     features: dict[str, Compared] = field(default_factory=dict)
     only: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     """Features that only the first store has, and only the second."""
@@ -161,6 +161,8 @@ def _same_rows(one: Store, other: Store, rows: Ints) -> NDArray[np.bool_]:
     same &= (labels[0] == labels[1]) | (np.isnan(labels[0]) & np.isnan(labels[1]))
     domains = [_domains(store, rows) for store in (one, other)]
     same &= domains[0] == domains[1]
+    draws = [store.rows.draw_at(rows) if store.manifest.rows.paired else np.full(len(rows), -1) for store in (one, other)]
+    same &= draws[0] == draws[1]
     begins = [np.diff(numbers.group, prepend=-1) != 0 for numbers in (mine, theirs)]
     same &= begins[0] == begins[1]
     if len(rows) and rows[0] > 0:  # a slot begins a group in the store whose slot it is, and must do so in the other one

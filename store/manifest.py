@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue
 from store import layout
 from store.errors import StoreError
 from store.features import ITEM_BYTES, ArraySpec, FeatureSpec
+from store.intervention import Intervention
 from store.parts import PART_ROWS
 from store.plain import read_plain, why
 from store.publish import crc32c
@@ -25,7 +26,7 @@ from store.shape import ModelShape, Wiring
 from store.shards import CHUNK, MOST_SLOT_TOKENS
 from store.strict import Many, Strict, brief, load_json, parse
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]
@@ -115,7 +116,7 @@ class RowsInfo(Strict):
     """Rows of each split."""
     parts: Many[Part]
     token_arrays: Many[ArraySpec]
-    """input_ids always; segments, documents, token_labels, phrases where rows have them."""
+    """input_ids always; segments, documents, token_labels, phrases, interchange where rows have them."""
     slot_crcs: dict[str, Many[Crc32c]]
     """Token array, or array of the row table (store.rows.ROW_ARRAYS) -> crc32c of each slot's file (store.shards.Seal)."""
     pad_id: int = Field(ge=0, lt=2**31)
@@ -129,6 +130,11 @@ class RowsInfo(Strict):
     def row_arrays(self) -> dict[str, ArraySpec]:
         """The arrays of the row table that there are; none in schema 1."""
         return {name: array for name, array in ROW_ARRAYS.items() if name in self.slot_crcs}
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows stand in pairs that know what each takes of the other (store.pairs)."""
+        return "interchange" in self.slot_crcs
 
     def chunk(self, array: ArraySpec, positions: str) -> int:
         """Units of an inner chunk of an array with values for ``positions``."""
@@ -175,6 +181,8 @@ class PassInfo(Strict):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Padded tokens of a teacher batch, as the first start found or was told; a commit says where a shard was answered with others.
     None where that is not known: imported, or written by schema 1 or 2."""
+    intervention: Intervention | None = None
+    """What was written into the teacher while it answered; None where nothing was."""
 
     @property
     def imported(self) -> bool:
@@ -273,8 +281,8 @@ def _check(manifest: Manifest) -> None:
         if array != TOKEN_ARRAYS.get(array.name) or len(rows.slot_crcs.get(array.name, ())) != rows.slots:
             raise ValueError(f"manifest: token array {array.name} needs its type, width 1 and a checksum for each of {rows.slots} slots")
     others = rows.slot_crcs.keys() - {array.name for array in rows.token_arrays}
-    needed = {"numbers", "label", "domain"} if rows.domains else {"numbers", "label"}
-    schema_1 = not (others or rows.domains)
+    needed = {"numbers", "label", *(["domain"] if rows.domains else []), *(["draw"] if rows.paired else [])}
+    schema_1 = not (others or rows.domains or rows.paired)
     if not (schema_1 or others == needed) or any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
         raise ValueError(f"manifest: expected a checksum for each of {rows.slots} slots")
     _check_distinct("rows", rows.domains)
@@ -286,6 +294,10 @@ def _check(manifest: Manifest) -> None:
 def _check_pass(name: str, info: PassInfo, rows: RowsInfo) -> None:
     _check_distinct(f"pass {name}", [feature.feature for feature in info.features])
     _check_distinct(f"pass {name}", [static.name for static in info.statics])
+    if info.intervention is not None:
+        info.intervention.check(f"manifest: pass {name}", info.shape.layers)
+        if not rows.paired:
+            raise ValueError(f"manifest: pass {name} has an intervention, and its rows no partners")
     if len(info.shape.windows) != info.shape.layers:
         raise ValueError(f"manifest: pass {name}: expected a window for each of {info.shape.layers} blocks")
     for feature in info.features:

@@ -83,6 +83,7 @@ class Picked:
         numbers, labels = source.rows.at(rows), source.rows.label_at(rows)
         ends = np.cumsum(numbers.length).tolist()
         domains = source.rows.domain_at(rows) if source.manifest.rows.domains else None
+        draws = source.rows.draw_at(rows) if source.manifest.rows.paired else None
         packed = {array.name: source.tokens(array.name, rows) for array in source.manifest.rows.token_arrays}
         group: list[Row] = []
         for place, about in enumerate(self._about(rows)):
@@ -102,6 +103,7 @@ class Picked:
                 part=about["part"],
                 spans=[(span["start"], span["end"]) for span in about["spans"]],
                 domain=None if domains is None else int(domains[place]),
+                draw=None if draws is None else int(draws[place]),
             )
             if group and group[0].group != row.group:
                 yield group

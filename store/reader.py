@@ -170,7 +170,7 @@ class Store:
         return sorted(slot for slot in slots if slot not in committed)
 
     def tokens(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Token array ``name`` (input_ids, segments, documents, token_labels, phrases) for ``rows``, packed [tokens].
+        """Token array ``name`` (input_ids, segments, documents, token_labels, phrases, interchange) for ``rows``, packed [tokens].
 
         Raises:
             MissingFeature: rows have no such array.

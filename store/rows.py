@@ -16,9 +16,10 @@ ROW_ARRAYS: dict[str, ArraySpec] = {
     "numbers": ArraySpec(name="numbers", dtype="int32", width=len(NUMBERS)),
     "label": ArraySpec(name="label", dtype="float64", width=1),
     "domain": ArraySpec(name="domain", dtype="int32", width=1),
+    "draw": ArraySpec(name="draw", dtype="int32", width=1),
 }
 """What readers need of each row, kept in slots like the features of positions ``row``; domain (its place in RowsInfo.domains) only where
-rows have one."""
+rows have one, draw where they stand in pairs (store.pairs)."""
 
 TOKEN_ARRAYS: dict[str, ArraySpec] = {
     "input_ids": ArraySpec(name="input_ids", dtype="int32", width=1),
@@ -26,6 +27,7 @@ TOKEN_ARRAYS: dict[str, ArraySpec] = {
     "documents": ArraySpec(name="documents", dtype="uint16", width=1),
     "token_labels": ArraySpec(name="token_labels", dtype="int32", width=1),
     "phrases": ArraySpec(name="phrases", dtype="uint16", width=1),
+    "interchange": ArraySpec(name="interchange", dtype="int32", width=1),
 }
 """What is kept for each token of a row; all but input_ids only where rows have it."""
 
@@ -82,3 +84,7 @@ class Row:
     phrases: NDArray[np.uint16] | None = None
     """[n] number of the phrase that a token belongs to, from 1 on in the order of the tokens; 0 for those of none, such as special
     tokens."""
+    interchange: NDArray[np.int32] | None = None
+    """[n] which token of the other row of its pair takes a token's place (store.pairs), -1 for none; in all rows of a store or in none."""
+    draw: int | None = None
+    """Random number that both rows of a pair carry, by which they choose among alternatives; where rows have ``interchange``."""

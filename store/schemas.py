@@ -1,7 +1,8 @@
 """Older layouts, read as if they were today's. What is written is always today's.
 
 Schema 1 kept what readers need of a row in its Parquet files only, cut every array into chunks of 128 units, and knew
-one origin of rows. Schema 2 did not say how many tokens a teacher batch had. Schema 3 had neither domains nor phrases.
+one origin of rows. Schema 2 did not say how many tokens a teacher batch had. Schema 3 had neither domains nor phrases,
+schema 4 neither pairs of rows nor interventions.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from store.plain import why
 from store.rows import COLUMNS
 from store.shards import MOST_SLOT_TOKENS
 
-READABLE = (1, 2, 3, 4)
+READABLE = (1, 2, 3, 4, 5)
 """Schema versions that this release opens."""
-LINKABLE = (2, 3, 4)
+LINKABLE = (2, 3, 4, 5)
 """Those whose rows lie as today's do: a copy links their files."""
 
 ADDRESSES_1 = ("slot", "offset", "length", "index", "labelled", "labelled_offset")

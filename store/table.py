@@ -77,6 +77,7 @@ class RowTable:
         self.files = SlotFiles(store, mapped, supply)
         self._supply = supply
         self._sound: set[int] = set()
+        self._kept: dict[str, NDArray[np.int32]] = {}
 
     def __len__(self) -> int:
         return self.info.rows
@@ -119,14 +120,19 @@ class RowTable:
         Raises:
             CorruptShard: the files that say so are damaged.
         """
-        if len(self) <= SMALL:
-            return self._domain[rows]
-        slot = self.first.searchsorted(rows, "right") - 1
-        return self._domains(self._look_up("domain", slot, rows - self.first[slot]))
+        return self._checked("domain", rows)
 
     def domains_in(self, slot: int) -> Ints:
         """[r] the same for the rows of a slot."""
-        return self._domains(self._read("domain", slot))
+        return self._checked("domain", self.rows_of(slot))
+
+    def draw_at(self, rows: Ints) -> Ints:
+        """[n] the random numbers of ``rows`` (store.pairs); only where rows stand in pairs.
+
+        Raises:
+            CorruptShard: the files that say so are damaged.
+        """
+        return self._checked("draw", rows)
 
     def in_slot(self, slot: int) -> NDArray[np.int32]:
         """[r, NUMBERS] the rows of a slot, checked to be what row building makes."""
@@ -258,16 +264,20 @@ class RowTable:
         self.bring("numbers")
         return np.concatenate([self.in_slot(slot) for slot in range(self.info.slots)])
 
-    @cached_property
-    def _domain(self) -> Ints:
-        """[R]"""
-        self.bring("domain")
-        return np.concatenate([self.domains_in(slot) for slot in range(self.info.slots)])
-
-    def _domains(self, stored: NDArray[np.int32]) -> Ints:
-        """[n] what [n, 1] stored numbers say, checked."""
+    def _checked(self, name: str, rows: Ints) -> Ints:
+        """[n] domains or draws of ``rows``."""
+        if len(self) <= SMALL:
+            if name not in self._kept:
+                self.bring(name)
+                self._kept[name] = np.concatenate([self._read(name, slot) for slot in range(self.info.slots)])
+            stored = self._kept[name][rows]
+        else:
+            slot = self.first.searchsorted(rows, "right") - 1
+            stored = self._look_up(name, slot, rows - self.first[slot])
         numbers: Ints = stored[:, 0].astype(np.int64)
-        if ((numbers < 0) | (numbers >= len(self.info.domains))).any():
+        if name == "draw" and (numbers < 0).any():
+            raise self._damaged("holds draws below 0")
+        if name == "domain" and ((numbers < 0) | (numbers >= len(self.info.domains))).any():
             raise self._damaged(f"holds rows of domains other than its {len(self.info.domains)}")
         return numbers
 

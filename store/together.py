@@ -10,8 +10,8 @@ from store.manifest import PassInfo
 PassName = str | tuple[str, ...]
 """A pass, or several of one teacher."""
 
-_TEACHER = ("teacher", "dtype", "shape", "wiring")
-"""Fields of a pass that say who answered."""
+_TEACHER = ("teacher", "dtype", "shape", "wiring", "intervention")
+"""Fields of a pass that say who answered, and with what written into it."""
 
 
 def names(pass_name: PassName | None) -> tuple[str, ...]:

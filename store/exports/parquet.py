@@ -65,6 +65,9 @@ def _table(store: Store, selection: Selection, rows: Ints, about: pa.Table) -> p
     if names := store.manifest.rows.domains:
         arrays.append(pa.array([names[number] for number in store.rows.domain_at(rows)], pa.string()))
         fields.append(pa.field("domain", pa.string()))
+    if store.manifest.rows.paired:
+        arrays.append(pa.array(store.rows.draw_at(rows)))
+        fields.append(pa.field("draw", pa.int64()))
     for token_array in store.manifest.rows.token_arrays:
         values = store.tokens(token_array.name, rows)
         arrays.append(_lists(values[:, None], numbers.length))

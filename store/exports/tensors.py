@@ -51,6 +51,8 @@ def _of_rows(store: Store, rows: Ints) -> dict[str, Tensor]:
     found |= {"row": rows.astype(np.int64), "group": numbers.group, "copy": numbers.copy, "split": numbers.split}
     if store.manifest.rows.domains:
         found["domain"] = store.rows.domain_at(rows)
+    if store.manifest.rows.paired:
+        found["draw"] = store.rows.draw_at(rows)
     return {"label": Tensor.of("F64", store.rows.label_at(rows))} | {name: Tensor.of("I64", values) for name, values in found.items()}
 
 
