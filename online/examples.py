@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from online import labels, spans
@@ -38,6 +39,8 @@ class _Input:
     words: list[tuple[int, int]] = field(default_factory=list)
     """Character ranges of the words that ``classes`` belong to."""
     classes: list[int] = field(default_factory=list)
+    response: tuple[int, int] | None = None
+    """Character of the text at which the response begins, and the one behind its last that is not white space."""
     phrases: tuple[int, Ranges] = (0, [])
     """Segment of the first text field, and the ranges of it that are phrases, where a column says so."""
 
@@ -74,9 +77,11 @@ class _Builder:
         self.by_word = spec.label is not None and spec.label.tokens
         self.numbers = labels.class_numbers(spec.label.classes or tuple(range(len(self.choices)))) if spec.label else {}
         self.phrases = Phrases(spec.phrases, tokenizer) if spec.phrases else None
-        self.offsets = bool(spec.spans) or self.by_word or self.phrases is not None
+        self.offsets = bool(spec.spans) or self.by_word or self.phrases is not None or spec.response is not None
         if self.offsets and not tokenizer.is_fast:
-            raise ValueError("spans and token labels need a fast tokenizer (tokenizer.json), which knows where a token lies in the text")
+            raise ValueError(
+                "spans, responses and token labels need a fast tokenizer (tokenizer.json), which knows where a token lies in the text"
+            )
         if spec.max_length < (needed := tokenizer.num_special_tokens_to_add(pair=self.paired) + 1 + self.paired):
             raise ValueError(f"max_length {spec.max_length} leaves no room for text: expected at least {needed}")
 
@@ -127,6 +132,9 @@ class _Builder:
             segment, shift = self.place(span.field, rendered)
             start, end = spans.characters(span, values[span.field], record.values, record.where)
             first.spans.append((segment, shift + start, shift + end))
+        if spec.response is not None:
+            start = rendered[0].starts[spec.response]
+            first.response = start, len(rendered[0].text.rstrip())
         if self.phrases is not None:
             name = next(name for template in self.text for name in template.fields)
             segment, shift = self.place(name, rendered)
@@ -194,12 +202,31 @@ class _Builder:
                         f"{record.where}: a span lies beyond max_length {self.spec.max_length}; raise it, or leave the record out"
                     )
                 draft.spans.append(marked)
+            if item.response is not None:
+                draft.token_labels = _followers(ids, _response(offsets, segments, *item.response))
             if self.by_word:
                 draft.token_labels = np.full(len(ids), IGNORED, np.int32)
                 for token, number in zip(spans.first_tokens(offsets, item.words), item.classes, strict=True):
                     if token is not None:
                         draft.token_labels[token] = number
         return draft
+
+
+def _response(offsets: Sequence[tuple[int, int]], segments: Sequence[int | None], start: int, end: int) -> int | None:
+    """The first token of the response at characters [start, end), of an empty one that behind the text; None where all were cut off."""
+    if start < end:
+        found = spans.tokens(offsets, segments, 0, start, end)
+        return None if found is None else found[0]
+    return 1 + max(token for token, segment in enumerate(segments) if segment == 0)
+
+
+def _followers(ids: NDArray[np.int32], first: int | None) -> NDArray[np.int32]:
+    """[n] the next token where that is the token ``first`` or a later one."""
+    labels = np.full(len(ids), IGNORED, np.int32)
+    if first is not None:
+        first = max(first, 1)
+        labels[first - 1 : -1] = ids[first:]
+    return labels
 
 
 def refuse_empty(record: Record, spec: "RowsSpec") -> None:

@@ -54,6 +54,9 @@ class RowsSpec(Strict):
     """The label of a record; for choices the number of the right one."""
     group: str | None = None
     """Column; consecutive records of one source with one value are read together (MultiRC: the question)."""
+    response: str | None = None
+    """Field of the text at which, in causal rows, a response begins: it alone is scored, and what stands in front of it is its prompt.
+    A token that reaches into it belongs to it."""
     spans: tuple[SpanSpec, ...] = ()
     """Marked stretches of text that metrics need."""
     domain: DomainSpec | None = None
@@ -112,6 +115,8 @@ class RowsSpec(Strict):
             self.objective == "causal" and (len(self.text) > 1 or bool(self.choices)),
             "objective: causal takes one text template and no choices",
         )
+        answered = self.response is None or (self.objective == "causal" and self.long == "truncate" and self.response in fields)
+        yield not answered, f"response: expected a field of a causal row's text, with long: truncate, found {self.response}"
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
         grouped = bool(self.choices) or self.group is not None
@@ -241,7 +246,7 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
     # rows without these are as they always were
-    later = {name for name in ("domain", "phrases", "interchange") if getattr(spec, name) is None}
+    later = {name for name in ("domain", "phrases", "interchange", "response") if getattr(spec, name) is None}
     options = spec.model_dump(mode="json", exclude={"sources", *later})
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 

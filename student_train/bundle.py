@@ -44,7 +44,10 @@ class Bundle(nn.Module):
             method.running_student = student
             self.methods[name] = method
             self.specs[name] = spec
-        self.rewrites = any(method.rewrites for _, method in self._named())
+        writers = [name for name, method in self._named() if method.rewrites]
+        if len(writers) > 1:
+            raise ValueError(f"{' and '.join(writers)} both write the rows of a step: one method of a phase can")
+        self.rewrites = bool(writers)
         """Whether a method writes rows itself."""
         self._perturbs = [name for name, method in self._named() if method.perturbs]
         if self._perturbs and not isinstance(student.weights, Whole):
@@ -71,13 +74,16 @@ class Bundle(nn.Module):
                 factors[block] = factors.get(block, 1.0) * factor
         return factors
 
-    def taking_part(self, taught: bool) -> dict[str, Method]:
-        """The methods of a step by name: all where the rows have a teacher (``taught``), else those that read none of its features."""
-        return {name: method for name, method in self._named() if taught or not method.teacher_keys}
+    def taking_part(self, taught: bool, written: bool = False) -> dict[str, Method]:
+        """The methods of a step by name: all where the rows have a teacher (``taught``), else those that read none of its features.
+
+        Responses that the student has ``written`` itself teach only those that do: its own words are no labels.
+        """
+        return {name: method for name, method in self._named() if (not written if not method.teacher_keys else taught)}
 
     def counts(self, batch: Batch, taught: bool) -> dict[str, float]:
         """Term -> how many tokens, rows or pairs of ``batch`` it sums over; the names of ``forward``'s terms."""
-        methods = self.taking_part(taught).items()
+        methods = self.taking_part(taught, batch.written is not None).items()
         return {f"{name}/{term}": float(count) for name, method in methods for term, count in method.counts(batch).items()}
 
     def forward(
@@ -99,7 +105,7 @@ class Bundle(nn.Module):
             meta: Held-out rows with what their teacher answers.
             past: Micro-batches of earlier steps, as far back as ``looks_back`` says; read again.
         """
-        methods = self.taking_part(taught)
+        methods = self.taking_part(taught, batch.written is not None)
         for name, method in methods.items():
             own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]) if meta[1] else {})
             method.prepare(Step(self.loaded, batch, self.of_teacher(name, teacher), own, self._past_of(name, past)))
@@ -126,7 +132,7 @@ class Bundle(nn.Module):
     def attach(self, teachers: Mapping[str, LoadedModel]) -> None:
         """Hand the models of live teachers, by their names in the data, to the methods that work with them."""
         for name, method in self._named():
-            if method.live:
+            if method.live or method.rewrites:
                 own = self.specs[name].teacher
                 method.attach(teachers if method.several else {"": teachers[own or ""]})
 

@@ -71,6 +71,6 @@ def check_meta(phase: PhaseSpec, methods: Sequence[tuple[MethodSpec, Method]], s
     for name, method in judges:
         if rows is None:
             continue
-        problem = "have no labels to judge by" if rows.task.kind == "none" else unlearnable(method, student, rows)
-        if problem:
+        bare = rows.task.kind == "none" and rows.objective == "plain"
+        if problem := "have no labels to judge by" if bare else unlearnable(method, student, rows):
             raise ValueError(f"meta: {name}: the rows of {phase.meta.store} {problem}")

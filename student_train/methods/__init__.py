@@ -19,7 +19,9 @@ from student_train.methods.continuation_kd import ContinuationKD
 from student_train.methods.contrast import Contrast
 from student_train.methods.dgkd import DGKD
 from student_train.methods.distilbert import DistilBERT
+from student_train.methods.distillm import DistiLLM
 from student_train.methods.fsp import FSP
+from student_train.methods.gkd import GKD
 from student_train.methods.hid_cls import HidCLS
 from student_train.methods.hid_seq import HidSeq
 from student_train.methods.hrkd import HRKD
@@ -31,6 +33,7 @@ from student_train.methods.marginal_utility import MarginalUtility
 from student_train.methods.match import Match
 from student_train.methods.meta_kd import MetaKD
 from student_train.methods.mgskd import MGSKD
+from student_train.methods.minillm import MiniLLM
 from student_train.methods.minilm import MiniLM
 from student_train.methods.minilmv2 import MiniLMv2
 from student_train.methods.mobilebert import MobileBERT
@@ -56,6 +59,9 @@ METHODS: dict[str, type[Method]] = {
     "annealing_kd": AnnealingKD,
     "continuation_kd": ContinuationKD,
     "lm_kd": LMKD,
+    "gkd": GKD,
+    "minillm": MiniLLM,
+    "distillm": DistiLLM,
     "hid_cls": HidCLS,
     "hid_seq": HidSeq,
     "marginal_utility": MarginalUtility,

@@ -96,8 +96,8 @@ class Method(nn.Module):
     """Whether it works with the teachers' models themselves, which ``attach`` hands it, and so only where they run in the job (online)."""
     look_back: int = 0
     """Every how many optimiser steps ``prepare`` gets the micro-batches of as many steps before (``Step.past``); 0: never."""
-    rewrites: ClassVar[bool] = False
-    """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for."""
+    rewrites: bool = False
+    """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for; ``attach`` hands it that one."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
     learned_buffers: ClassVar[tuple[str, ...]] = ()
@@ -142,7 +142,7 @@ class Method(nn.Module):
         """Called before ``forward`` of each micro-batch that is trained on, for passes of the student that the method makes by itself."""
 
     def attach(self, teachers: Mapping[str, LoadedModel]) -> None:
-        """Told once, before the first step and only where ``live``: the models of its teachers by name, frozen and in eval mode.
+        """Told once, before the first step and only where ``live`` or ``rewrites``: its teachers' models by name, frozen, in eval mode.
 
         They must not become submodules: what is registered in a method trains with it and lies in its checkpoints.
         """

@@ -1,0 +1,102 @@
+"""Divergences between a teacher's and a student's next-word distributions, token by token, in log space.
+
+``of_tokens`` takes logits, all others log-probabilities log_p (teacher) and log_q (student); a word that a side lacks is
+``losses.MASKED`` there, far below any other and still finite. N tokens, V words.
+
+Two conventions are about. GKD (Agarwal et al. 2024, arXiv 2306.13649) and TRL weigh the mixture M = beta p + (1 - beta) q, as here.
+DistiLLM's code names the teacher's share of M otherwise: its lambda .9 is 1 - beta.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""[N] numbers from log_p [N, V] and log_q [N, V]; differentiable in log_q."""
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that are looked at together: what a divergence needs beside the logits is that of so many, forward and backward."""
+
+
+def of_tokens(divergence: Divergence, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """[N] the divergence of softmax(teacher) and softmax(student), float32.
+
+    Both are cut to the words that they share, the first ones: models of one tokenizer may be padded to vocabularies of different
+    sizes. Tokens are taken in chunks that are computed again in the backward pass, so that beside the logits and their
+    gradient no second copy of all of them exists.
+    """
+    words = min(student_NV.shape[-1], teacher_NV.shape[-1])
+
+    def chunk(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
+        return divergence(teacher_nV.float().log_softmax(-1), student_nV.float().log_softmax(-1))
+
+    tokens = max(1, CHUNK_ELEMENTS // words)
+    chunks = zip(student_NV[:, :words].split(tokens), teacher_NV[:, :words].split(tokens), strict=True)
+    return torch.cat([checkpoint(chunk, *pair, use_reentrant=False, preserve_rng_state=False) for pair in chunks])
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...] KL(p || q) over the last axis."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...] KL(q || p): the teacher's share of every word that the student believes in counts, so it takes dense logits."""
+    return forward_kl(log_q, log_p)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """[...] beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q (GKD, section 2).
+
+    It vanishes as beta goes to 0 or 1, like beta KL(p || q) and (1 - beta) KL(q || p); at 0 and 1 themselves it is KL(p || q) and
+    KL(q || p), as in TRL, so there is a step in size.
+    """
+    if beta == 0:
+        return forward_kl(log_p, log_q)
+    if beta == 1:
+        return reverse_kl(log_p, log_q)
+    log_m = mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def skew_forward(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """[...] KL(p || alpha p + (1 - alpha) q); alpha 0 is KL(p || q) (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+    return forward_kl(log_p, mixture(log_p, log_q, alpha))
+
+
+def skew_reverse(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """[...] KL(q || (1 - alpha) p + alpha q); alpha 0 is KL(q || p), and a word that the teacher lacks costs q log(1 / alpha) at most.
+
+    Its gradient goes through the mixture too, as in DistiLLM's code; that of DistiLLM-2 detaches it there.
+    """
+    return forward_kl(log_q, mixture(log_p, log_q, 1 - alpha))
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, head: float = 0.5) -> Tensor:
+    """[...] KL(p || q) and KL(q || p), weighed by where the two differ (AKL, Wu et al. 2024, arXiv 2404.02657).
+
+    The head are the teacher's likeliest words, those in front of which less than ``head`` of its mass lies; g_head and g_tail the sums of
+    |p - q| in it and outside. KL(p || q), which minds the head, has the weight g_head / (g_head + g_tail). The weights carry no gradient.
+    That the word which crosses ``head`` belongs to the head is unverified.
+    """
+    with torch.no_grad():
+        p, order = log_p.exp().sort(-1, descending=True)
+        gap = (p - log_q.exp().gather(-1, order)).abs()
+        in_head = p.cumsum(-1) - p < head
+        share = (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
+    return share * forward_kl(log_p, log_q) + (1 - share) * reverse_kl(log_p, log_q)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...] half the sum of |p - q|."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """[...] log(share p + (1 - share) q)."""
+    if share in (0, 1):
+        return log_p if share else log_q
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))

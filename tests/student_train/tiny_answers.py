@@ -1,0 +1,82 @@
+"""Prompts with responses for causal students: a corpus, a teacher that is small enough for tests, and a store of rows; run as a script by
+tests that need ranks.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from online.models import HEADS
+from student_train.recipe import TrainRecipe
+from student_train.run import run
+from store.strict import parse
+from teacher_dump.dump import build_rows, dump
+from teacher_dump.recipe import DumpRecipe
+
+WORDS = ["<pad>", "<unk>", "<eos>", *(f"w{number}" for number in range(21))]
+"""The vocabulary; <eos> is 2."""
+QUIET = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1, "learning_rate": 1e-3}
+
+
+def llama(vocabulary: int = len(WORDS), **sizes: int) -> PreTrainedConfig:
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    return LlamaConfig(
+        **{**small, **sizes}, vocab_size=vocabulary, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2
+    )
+
+
+def gpt2(vocabulary: int = len(WORDS), **sizes: int) -> PreTrainedConfig:
+    small = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, **sizes}
+    return GPT2Config(**small, vocab_size=vocabulary, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+
+
+def write_model(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
+    """A random causal model with noise on every weight, and the tokenizer."""
+    torch.manual_seed(seed)
+    model = HEADS["causal_lm"].from_config(config)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def write_rows(folder: Path, **rows: Any) -> Path:
+    """``folder``/store: 24 prompts of one to six words with responses of up to six, and 12 more of split dev, beside ``folder``/teacher."""
+    numbers = np.random.default_rng(5)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{number}" for number in numbers.integers(0, 21, numbers.integers(least, most + 1)))
+
+    sources = []
+    for split, count in (("train", 24), ("dev", 12)):
+        file = folder / f"{split}.jsonl"
+        lines = [json.dumps({"prompt": words(1, 6), "response": words(0, 6)}) for _ in range(count)]
+        file.write_text("\n".join(lines))
+        sources.append({"files": str(file), "split": split})
+    spec = {"sources": sources, "text": "{prompt} w0 {response}", "objective": "causal", "response": "response", "max_length": 16, **rows}
+    made = {"store": str(folder / "store"), "rows": spec, "teacher": {"model": str(folder / "teacher"), "head": "causal_lm"}}
+    made |= {"features": ["lm_logits@labels"], "pass_name": "tiny"}
+    recipe = parse(DumpRecipe, made, "recipe")
+    build_rows(recipe, ["tests"])
+    return folder / "store"
+
+
+def recipe(folder: Path, output: Path, methods: list[dict[str, Any]], **changes: Any) -> TrainRecipe:
+    """Four steps of 8 rows of ``folder``/store with ``folder``/teacher at work."""
+    data = {"store": str(folder / "store")}
+    phase = {
+        "name": "only", "student": {"model": {"model": str(folder / "student"), "head": "causal_lm"}}, "methods": methods, "data": [data],
+        "teacher": {"online": {"model": str(folder / "teacher"), "head": "causal_lm"}}, "steps": 4, "batch_rows": 8, **changes,
+    }  # fmt: skip
+    phase["trainer"] = {**QUIET, **changes.get("trainer", {})}
+    return parse(TrainRecipe, {"output": str(output), "phases": [phase]}, "recipe")
