@@ -34,6 +34,8 @@ from student_train.step import Survey
 
 _META = 1 << 40
 """Part of the seed of the order of ``meta`` rows."""
+_EARLY = 100
+"""Steps in which all sources that matter should have come by."""
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +158,13 @@ class MicroBatches(Dataset[MicroBatch | Failed]):
             return replace(micro_batch, meta=_read(number, self.taught[number], self.meta, rows))
         except (StoreError, ValueError) as error:
             return Failed(error)
+
+    def firsts(self) -> list[int]:
+        """The number of the first micro-batch of each source, of those that come by in the first steps; the same on all ranks."""
+        steps: dict[int, int] = {}
+        for step in range(min(self.steps, _EARLY)):
+            steps.setdefault(self.order.turn(step)[0], step)
+        return [step * self._share[2] for step in steps.values()]
 
     def __getstate__(self) -> dict[str, object]:
         """What a spawned loader process needs: live models stay here."""

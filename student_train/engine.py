@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from online.ranks import Ranks
 from online.zero3 import library
 from student_train import checkpoint
 from student_train.bundle import Bundle
+from student_train.gradients import STILL
+from student_train.use import Use, check_constant, check_used, cut_groups
 from student_train.zero import Zero, configuration
-
-STILL = "still"
-"""Entry of an optimiser's parameter group: whether this step leaves its weights, moments and step count as they are."""
 
 
 class Engine:
@@ -24,13 +24,25 @@ class Engine:
 
     Args:
         optimizer: A fresh one of torch's, over weights that are whole; DeepSpeed makes its parameters flat parts of them.
+        looks: Which weights are used in some of the run's steps (``looked``).
+
+    Raises:
+        ValueError: an engine of this stage would move weights that a step does not use.
     """
 
-    def __init__(self, zero: Zero, bundle: Bundle, optimizer: Optimizer, args: TrainingArguments) -> None:
+    def __init__(
+        self, zero: Zero, bundle: Bundle, optimizer: Optimizer, args: TrainingArguments, ranks: Ranks, looks: Sequence[frozenset[int]]
+    ) -> None:
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by DeepSpeed, set by its own launcher only
         deepspeed = library(args.device)
         self._stage, self._bundle, self._base, self._rank = zero.stage, bundle, optimizer, args.process_index
+        self._ranks, self._steady = ranks, looks[0] if looks and zero.stage == 3 else None
+        if zero.stage == 3:
+            check_constant(bundle, looks)
+        cut_groups(optimizer, bundle, looks)
+        self._weights = [name for name, _ in bundle.named_parameters()]
         self._names = _names(optimizer, bundle)
+        self._use = Use(bundle.parameters())
         self.model: Any = deepspeed.initialize(model=bundle, optimizer=optimizer, config=configuration(zero, bundle, args))[0]
         """What runs forward passes."""
         self._kept: list[tuple[Tensor, Tensor | None]] = []
@@ -49,8 +61,24 @@ class Engine:
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Clip the gradients and move the weights, all ranks together; groups that are STILL stay."""
+        """Clip the gradients and move the weights, all ranks together; groups without gradient stand still, and those that are told to.
+
+        Raises:
+            ValueError: before any weight moves, on all ranks: this engine would move one that got no gradient.
+        """
+        order = self._use.taken()
+        used = check_used(order, self._names, self._weights, self._ranks, self.model.global_steps + 1)
+        if self._steady is not None and self._steady != set(order):
+            other = self._weights[min(self._steady ^ set(order))]
+            raise ValueError(
+                f"zero: stage 3: this step learns other weights than the first ones did ({other}), and ZeRO-3 would move some by the "
+                "gradient of an earlier step; nothing of this step is kept; give zero a stage of 1 or 2, or leave zero out (DDP)"
+            )
+        for group, moves in zip(self.param_groups, used, strict=True):
+            group[STILL] = group.get(STILL, False) or not moves
         self.model.step()
+        for group in self.param_groups:
+            group[STILL] = False
 
     def zero_grad(self) -> None:
         """Nothing: a step ends without gradients."""
@@ -122,6 +150,7 @@ class Engine:
         for weight in self._bundle.parameters():
             with zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_tensor")):
                 plain[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        self._use.end()
         self.model.destroy()
         for module in self._bundle.modules():
             own = dict(module._parameters)

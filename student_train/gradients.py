@@ -15,6 +15,8 @@ from student_train.bundle import Bundle
 
 PART = "part"
 """Entry of an optimiser's parameter group: number of the student's block, 0 for all else of the student."""
+STILL = "still"
+"""Entry of one: whether the next step leaves its weights, moments and step count as they are; read where gradients cannot be taken away."""
 
 
 def parts(student: LoadedModel) -> dict[str, list[nn.Parameter]]:
@@ -110,5 +112,6 @@ def _gate(group: dict[str, Any], gates: Mapping[int, float]) -> None:
     factor = gates.get(group[PART], 1.0)
     group["lr"] *= factor
     if factor == 0:
+        group[STILL] = True
         for weight in group["params"]:
             weight.grad = None

@@ -30,6 +30,7 @@ from student_train.micro_batch import MicroBatch
 from student_train.moment import Moment
 from student_train.patience import is_better, out_of_patience
 from student_train.random_state import random_state_kept
+from student_train.use import looked
 from student_train.window import Counts, Window, counted
 from student_train.zero import Zero
 
@@ -146,9 +147,10 @@ class DistillationTrainer(Trainer):
                 max_steps, train_dataloader, resume_from_checkpoint
             )
             return prepared
-        optimizer = self.create_optimizer()
+        looks = looked(self.bundle, self.data, self.written, self.args.seed, self.args.device)
+        engine = Engine(self.zero, self.bundle, self.create_optimizer(), self.args, self.ranks, looks)
         self.create_scheduler(num_training_steps=max_steps)
-        self.engine = self.optimizer = Engine(self.zero, self.bundle, optimizer, self.args)
+        self.engine = self.optimizer = engine
         self.model_wrapped = self.engine.model
         if resume_from_checkpoint is not None:
             self.engine.load(Path(resume_from_checkpoint))
