@@ -61,7 +61,8 @@ class Replaced:
 
     def __enter__(self) -> "Replaced":
         model = self._loaded.model
-        if self._blocks and torch.is_grad_enabled() and model.training and model.is_gradient_checkpointing:
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if self._blocks and torch.is_grad_enabled() and model.training and recomputes:
             raise ValueError("gradient checkpointing computes blocks anew without what replaces them; turn gradient_checkpointing off")
         for number, (first, last) in self._blocks.items():
             block, chain = self._loaded.block(number), range(first, last + 1)

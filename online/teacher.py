@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import Batch, Features
-from online.capture import Capture, check_key
+from online.capture import check_key
 from online.derive import derive
 from online.encode import packed_value, padded_value, reduced
-from online.models import LoadedModel, forward
+from online.interchange import answered, written
+from online.models import LoadedModel
 from online.planner import TYPICAL, Units, plan
 from online.statics import live_statics
 from store.features import FeatureKey
+from store.intervention import Intervention
 from store.reader import Allocate
 
 Fetched = dict[FeatureKey, dict[str, NDArray[Any]]]
@@ -48,12 +50,15 @@ class LiveTeacher:
         loaded: Is put in eval mode; its weights must not change any more.
         wanted: Keys without pass names.
         units: How many values a row has on average, as in the plan of the store that answers are compared with.
+        intervention: What is written into the model; rows then stand in pairs.
 
     Raises:
         ValueError: the model has no such feature, or a key has the form ``select``, whose words only a store knows.
     """
 
-    def __init__(self, loaded: LoadedModel, wanted: Collection[FeatureKey], units: Units = TYPICAL) -> None:
+    def __init__(
+        self, loaded: LoadedModel, wanted: Collection[FeatureKey], units: Units = TYPICAL, intervention: Intervention | None = None
+    ) -> None:
         for key in wanted:
             if key.form == "select":
                 raise ValueError(f"{key}: only a store knows which words were chosen; expected {replace(key, form='')} or a top form")
@@ -62,7 +67,8 @@ class LiveTeacher:
         self._wanted = tuple(sorted(wanted))
         self._plan = plan(dict.fromkeys(self._wanted, "float32"), loaded.shape, loaded.wiring, units)
         self._read = {key: replace(key, form="") for key in self._plan.stored}
-        for key in self._read.values():
+        self._intervention = intervention
+        for key in (*self._read.values(), *(written(intervention.layers) if intervention else ())):
             check_key(loaded, key)
         self._statics: dict[str, Tensor] = {}
         loaded.model.eval()
@@ -73,11 +79,12 @@ class LiveTeacher:
 
     @torch.no_grad()
     def features(self, batch: Batch, fetched: Fetched) -> Features:
-        """As :class:`Teacher` says; one forward pass in the model's own type, whatever autocast is on."""
+        """As :class:`Teacher` says; one forward pass (two with an intervention) in the model's own type, whatever autocast is on."""
         loaded = self._loaded
-        with torch.autocast(batch.mask.device.type, enabled=False), Capture(loaded, self._read.values()) as capture:
-            forward(loaded, batch)
-            captured = capture.features(batch)
+        if not self._wanted:  # methods that work with the model itself may ask for nothing else
+            return {}
+        with torch.autocast(batch.mask.device.type, enabled=False):
+            captured = answered(loaded, batch, self._read.values(), self._intervention)
         have: Features = {}
         for key, source in self._read.items():
             packed = reduced(key, packed_value(key, captured[source], batch), batch)

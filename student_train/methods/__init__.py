@@ -32,6 +32,7 @@ from student_train.methods.lrc_bert import LRCBERT
 from student_train.methods.marginal_utility import MarginalUtility
 from student_train.methods.match import Match
 from student_train.methods.meta_kd import MetaKD
+from student_train.methods.metadistil import MetaDistil
 from student_train.methods.mgskd import MGSKD
 from student_train.methods.minillm import MiniLLM
 from student_train.methods.minilm import MiniLM
@@ -41,11 +42,12 @@ from student_train.methods.mt_bert import MTBERT
 from student_train.methods.pkd import PKD
 from student_train.methods.rail_kd import RAILKD
 from student_train.methods.rkd import RKD
-from student_train.methods.rw_kd import RWKD
 from student_train.methods.rl_kd import RLKD
+from student_train.methods.rw_kd import RWKD
 from student_train.methods.sentence import Sentence
 from student_train.methods.sid import SID
 from student_train.methods.task_loss import TaskLoss
+from student_train.methods.theseus import Theseus
 from student_train.methods.tinybert import TinyBERT
 from student_train.methods.tmkd import TMKD
 from student_train.methods.uncertainty import Uncertainty
@@ -87,13 +89,15 @@ METHODS: dict[str, type[Method]] = {
     "mgskd": MGSKD,
     "rw_kd": RWKD,
     "meta_kd": MetaKD,
+    "metadistil": MetaDistil,
     "hrkd": HRKD,
     "dgkd": DGKD,
     "uncertainty": Uncertainty,
+    "rl_kd": RLKD,
     "tmkd": TMKD,
+    "theseus": Theseus,
     "mt_bert": MTBERT,
     "match": Match,
-    "rl_kd": RLKD,
 }
 
 

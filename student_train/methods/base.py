@@ -98,6 +98,8 @@ class Method(nn.Module):
     """Every how many optimiser steps ``prepare`` gets the micro-batches of as many steps before (``Step.past``); 0: never."""
     rewrites: bool = False
     """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for; ``attach`` hands it that one."""
+    takes_gradients: ClassVar[bool] = False
+    """Whether it takes gradients in the student's weights by itself, or runs it with other weights: all of them must be there at once."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
     learned_buffers: ClassVar[tuple[str, ...]] = ()
@@ -151,8 +153,8 @@ class Method(nn.Module):
         """The rows to learn from in place of ``batch``, before anything is counted or any teacher answers; without gradient."""
         return batch
 
-    def running(self, student: LoadedModel) -> AbstractContextManager[object]:
-        """Around each forward pass of the student on a micro-batch that is trained on; modules replaced for instance."""
+    def running(self, student: LoadedModel, batch: Batch) -> AbstractContextManager[object]:
+        """Around the student's forward pass on a micro-batch that is trained on; modules replaced for instance."""
         return nullcontext()
 
     def decided(self) -> Sequence[int]:
