@@ -116,10 +116,10 @@ def places(store: Store, rows: Ints, positions: str) -> Ints:
         return first
     if positions == "last":
         return first + numbers.length - 1
-    if store.manifest.rows.objective == "causal":
-        labelled_T = _followed(store, rows, first)
-    elif any(array.name == "token_labels" for array in store.manifest.rows.token_arrays):
+    if any(array.name == "token_labels" for array in store.manifest.rows.token_arrays):
         labelled_T = store.tokens("token_labels", rows) >= 0
+    elif store.manifest.rows.objective == "causal":
+        labelled_T = _followed(store, rows, first)
     else:
         labelled_T = np.zeros(int(numbers.length.sum()), np.bool_)
     found = np.flatnonzero(labelled_T)
