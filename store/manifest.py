@@ -269,6 +269,8 @@ def _check(manifest: Manifest) -> None:
     full = zip(filled.rows, filled.tokens, filled.labelled, strict=True)
     if not all(1 <= of_rows <= tokens <= rows.slot_tokens and 0 <= labelled <= tokens for of_rows, tokens, labelled in full):
         raise ValueError(f"manifest: expected slots of 1 to {rows.slot_tokens} tokens, with at least one in each row")
+    if rows.paired and any(count % 2 for count in filled.rows):
+        raise ValueError("manifest: expected an even number of rows in each slot, for they stand in pairs")
     if rows.slot_tokens % rows.chunk_tokens:
         raise ValueError(f"manifest: a slot of {rows.slot_tokens} tokens is not cut into chunks of {rows.chunk_tokens}")
     if [part.file for part in rows.parts] != [layout.rows_part_name(number) for number in range(len(rows.parts))]:

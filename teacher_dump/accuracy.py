@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from online.batch import Batch, Features, TopK, Value
-from online.capture import Capture
 from online.collate import collate
 from online.derive import PAIRWISE, derive
 from online.encode import assemble, encode
+from online.interchange import answered
 from online.masks import pair_mask
-from online.models import forward
 from online.statics import live_statics
 from online.teacher import float_statics
 from store.codecs import feature_spec
 from store.features import MANTISSA, FeatureKey, FeatureSpec, StoreDtype
 from store.reader import Store
-from teacher_dump.batches import cut, padded_lengths
+from teacher_dump.batches import cut, padded_lengths, whole
 from teacher_dump.out_of_memory import out_of_memory
 from teacher_dump.teacher import Origins, TeacherPass
 
@@ -32,9 +31,8 @@ def sample(store: Store, batch_tokens: int) -> list[tuple[Batch, Origins]]:
     """A few rows from all over ``store`` as teacher batches, and where they come from."""
     rows = np.unique(np.linspace(0, len(store.rows) - 1, SAMPLE_ROWS).astype(np.int64))
     before = np.cumsum(padded_lengths(store.rows, rows)) - padded_lengths(store.rows, rows)
-    return [
-        (collate(store, members), Origins(store.rows, members)) for members in cut(store.rows, rows[before < SAMPLE_TOKENS], batch_tokens)
-    ]
+    chosen = whole(store.rows, rows[before < SAMPLE_TOKENS])
+    return [(collate(store, members), Origins(store.rows, members)) for members in cut(store.rows, chosen, batch_tokens)]
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,8 @@ def live(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -
     found = []
     for batch, sources in batches:
         batch = batch.to(teacher.device)
-        with out_of_memory(teacher.device, *batch.mask.shape), torch.no_grad(), Capture(teacher.loaded, plain) as capture:
-            forward(teacher.loaded, batch)
-            found.append(Live(batch, sources, capture.features(batch)))
+        with out_of_memory(teacher.device, *batch.mask.shape):
+            found.append(Live(batch, sources, answered(teacher.loaded, batch, plain, teacher.info.intervention)))
     return found
 
 

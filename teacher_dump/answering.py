@@ -17,6 +17,7 @@ from online.replica import Replica
 from store.errors import StoreError
 from store.reader import Store
 from store.table import Ints
+from teacher_dump.batches import whole
 from teacher_dump.out_of_memory import OutOfMemory
 from teacher_dump.pipeline import Pipeline
 from teacher_dump.stopping import Stopping
@@ -155,7 +156,7 @@ class Answering:
         self._watch.answered(item.shard, item.members, batch.input_ids.numel())
 
     def _shortest(self) -> Ints:
-        """The shortest row of the store's first slot."""
+        """The shortest row of the store's first slot, with its partner if it has one."""
         rows = self._store.rows
         members = rows.rows_of(0)
-        return members[[int(np.argmin(rows.at(members).length))]]
+        return whole(rows, members[[int(np.argmin(rows.at(members).length))]])

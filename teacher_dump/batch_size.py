@@ -18,7 +18,7 @@ from online.replica import Replica
 from store.manifest import PassInfo
 from store.reader import Store
 from store.table import RowTable
-from teacher_dump.batches import padded_lengths
+from teacher_dump.batches import padded_lengths, together, whole
 from teacher_dump.figures import read_bytes, size
 from teacher_dump.memory import Peak, free_memory
 from teacher_dump.out_of_memory import OutOfMemory, alone
@@ -86,7 +86,7 @@ def largest_batch(teacher: TeacherPass, store: Store, replica: Replica, memory: 
     """
     rows = store.rows
     row = longest_row(rows)
-    length = int(padded_lengths(rows, np.array([row]))[0])
+    length = int(padded_lengths(rows, whole(rows, np.array([row]))).max())
     try:
         _timed(teacher, store, row, 1)  # what is done once is not to be measured
         peak, limit = Peak(teacher.device), _limit(memory, teacher.device, replica)
@@ -100,7 +100,7 @@ def largest_batch(teacher: TeacherPass, store: Store, replica: Replica, memory: 
 
 
 def _tried(teacher: TeacherPass, store: Store, replica: Replica, row: int, length: int, peak: Peak) -> Iterator[Try | None]:
-    """Larger and larger batches of the ``row``, whose padded length it is, until no shard fills them."""
+    """Larger and larger batches of the ``row`` (and its partner), whose padded length it is, until no shard fills them."""
 
     def measured(count: int) -> tuple[float, int]:
         seconds, taken = peak.of(lambda: _timed(teacher, store, row, count))
@@ -109,13 +109,14 @@ def _tried(teacher: TeacherPass, store: Store, replica: Replica, row: int, lengt
 
     rows = store.rows
     tokens, most = 1 << (length - 1).bit_length(), int((rows.slot_tokens + rows.slot_rows * (BUCKET - 1)).max())
+    least = together(rows)
     while True:
-        count = tokens // length
+        count = max(least, tokens // length // least * least)
         try:
             seconds, taken = measured(count)
             quickest = min(seconds, measured(count)[0]) if seconds < QUICK else seconds
         except OutOfMemory:
-            if count == 1 or replica.size > 1:
+            if count == least or replica.size > 1:
                 raise
             yield None
             return
@@ -163,8 +164,9 @@ def longest_row(rows: RowTable) -> int:
 
 
 def _timed(teacher: TeacherPass, store: Store, row: int, count: int) -> float:
-    """Seconds for a batch of ``count`` times the ``row``, until its answers are on the host."""
-    members = np.full(count, row)
+    """Seconds for a batch of ``count`` rows, the ``row`` (and its partner) repeated, until its answers are on the host."""
+    unit = whole(store.rows, np.array([row]))
+    members = np.resize(unit, max(count, len(unit)))
     batch, sources = collate(store, members), Origins(store.rows, members)
     start = time.perf_counter()
     with talking():

@@ -1,5 +1,7 @@
 """Teacher batches: rows of one shard and one padded length, so that what pads a row never depends on its neighbours.
 
+Rows in pairs (store.pairs) are padded as the longer of both, and stand in one batch.
+
 Shapes: B rows of a batch, U packed units of a shard or batch, W width.
 """
 
@@ -25,7 +27,21 @@ def rows_of(rows: RowTable, shard: int) -> Ints:
 
 def padded_lengths(rows: RowTable, members: Ints) -> Ints:
     """[B] tokens of each row with its padding."""
-    return -(-rows.at(members).length // BUCKET) * BUCKET
+    lengths = rows.at(members).length
+    if rows.info.paired and len(members):
+        starts = np.flatnonzero(np.diff(members // 2, prepend=-1))
+        lengths = np.repeat(np.maximum.reduceat(lengths, starts), np.diff(starts, append=len(members)))
+    return -(-lengths // BUCKET) * BUCKET
+
+
+def together(rows: RowTable) -> int:
+    """Rows that a batch has at least: a whole pair."""
+    return 2 if rows.info.paired else 1
+
+
+def whole(rows: RowTable, members: Ints) -> Ints:
+    """``members``, ascending, with the partners that are not among them; themselves where rows have none."""
+    return np.unique(np.concatenate([members, members ^ 1])) if rows.info.paired else members
 
 
 def padding(rows: RowTable, shards: Sequence[int]) -> float:
@@ -37,13 +53,13 @@ def padding(rows: RowTable, shards: Sequence[int]) -> float:
 def cut(rows: RowTable, members: Ints, batch_tokens: int) -> list[Ints]:
     """``members`` cut into batches of equal padded length and at most ``batch_tokens`` padded tokens, the longest first.
 
-    A row longer than that is a batch of its own.
+    A row, or pair, longer than that is a batch of its own.
     """
-    padded = padded_lengths(rows, members)
+    padded, least = padded_lengths(rows, members), together(rows)
     batches = []
     for length in np.unique(padded)[::-1].tolist():
         same = members[padded == length]
-        at_once = max(1, batch_tokens // length)
+        at_once = max(least, batch_tokens // length // least * least)
         batches += [same[start : start + at_once] for start in range(0, len(same), at_once)]
     return batches
 

@@ -151,6 +151,8 @@ def requested(recipe: DumpRecipe) -> tuple[PreTrainedTokenizerBase, tuple[Reques
     config = load_config(recipe.teacher.model, recipe.teacher.trust_remote_code)
     tokenizer = load_tokenizer(recipe.teacher)
     shape = model_shape(config, recipe.teacher.head, recipe.teacher.modules)
+    if recipe.intervention is not None:
+        recipe.intervention.check(f"pass {recipe.pass_name}", shape.layers)
     requests = resolve(recipe, shape, tokenizer)
     check_rows(requests, recipe.rows)
     shipped_blocks(recipe.ship_layers, shape.layers)

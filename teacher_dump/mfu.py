@@ -20,6 +20,8 @@ class Arithmetic:
     flops: ForwardFlops
     positions: frozenset[str]
     """Tokens at which the language-model head is asked."""
+    runs: int
+    """Forward passes over a batch."""
     peak: float
     """Operations a second of the devices that answer a batch together."""
 
@@ -27,7 +29,7 @@ class Arithmetic:
         """Of the batch of the rows ``members``."""
         lengths, labelled = padded_lengths(rows, members), int(rows.at(members).labelled.sum())
         units = {"all": int(lengths.sum()), "mean": int(lengths.sum()), "masked": labelled, "labels": labelled}
-        return self.flops.rows(lengths.tolist(), sum(units.get(positions, len(members)) for positions in self.positions))
+        return self.runs * self.flops.rows(lengths.tolist(), sum(units.get(positions, len(members)) for positions in self.positions))
 
 
 def arithmetic(teacher: TeacherPass, together: int = 1) -> Arithmetic | None:
@@ -48,4 +50,4 @@ def arithmetic(teacher: TeacherPass, together: int = 1) -> Arithmetic | None:
 def counting(teacher: TeacherPass, peak: float) -> Arithmetic:
     """How to count for ``teacher`` on devices that do ``peak`` operations a second."""
     positions = {spec.feature.positions for spec in teacher.specs if spec.feature.site == "lm_logits"}
-    return Arithmetic(forward_flops(teacher.loaded.model.config, teacher.loaded.shape.head), frozenset(positions), peak)
+    return Arithmetic(forward_flops(teacher.loaded.model.config, teacher.loaded.shape.head), frozenset(positions), teacher.runs, peak)

@@ -81,7 +81,7 @@ def plan(recipe: DumpRecipe, command: Sequence[str], ranks: int | None = None) -
 
 def _refuse_other_pass(recipe: DumpRecipe, store: Store, teacher: TeacherPass) -> None:
     known = store.manifest.passes.get(recipe.pass_name)
-    for field in ("teacher", "dtype", "requested", "features", "shipped") if known else ():
+    for field in ("teacher", "dtype", "intervention", "requested", "features", "shipped") if known else ():
         if getattr(known, field) != getattr(teacher.info, field):
             raise FingerprintMismatch(f"{store.path} has a pass {recipe.pass_name} with another {field}; give this one another pass_name")
 

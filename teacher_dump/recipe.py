@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from online.models import ModelSpec
 from online.rows import RowsSpec
 from online.sharding import Sharding
 from store import layout
 from store.features import Compression, StoreDtype
+from store.intervention import Intervention
 from store.remote import url_of
 from store.strict import Strict, load_yaml
 from teacher_dump.figures import read_bytes
@@ -43,6 +44,9 @@ class DumpRecipe(Strict):
     """Name of this teacher's answers in the store."""
     teacher: ModelSpec
     rows: RowsSpec
+    intervention: Intervention | None = None
+    """Answer with hidden states of each row's partner written in (DIITO): the teacher then runs twice over rows built with
+    ``interchange``. ``{layers: [[3], [4]]}`` writes block 3 or block 4, as the draw of a pair says."""
     features: tuple[FeatureRequest, ...] = ()
     """What students will ask for; `student-train needs` prints it. The smallest set that covers it is stored."""
     dtype: StoreDtype = "float32"
@@ -68,6 +72,12 @@ class DumpRecipe(Strict):
     """Folder where each rank of a run keeps a log and its events as JSON lines; by default STORE.logs/PASS_NAME beside the store."""
     prometheus: Path | None = None
     """Folder that the textfile collector of Prometheus's node exporter reads, for a file of each rank's figures; none by default."""
+
+    @model_validator(mode="after")
+    def _between_partners(self) -> Self:
+        if self.intervention is not None and self.rows.interchange is None:
+            raise ValueError("intervention: rows need partners to take hidden states of: build them with rows.interchange")
+        return self
 
     @field_validator("features", mode="before")
     @classmethod

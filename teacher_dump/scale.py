@@ -114,7 +114,8 @@ def memory(sketch: Sketch, sharding: Sharding, batch: float, tokens: int, amount
 def operations(sketch: Sketch, amount: Amount) -> float:
     """Floating-point operations of the forward passes over all rows."""
     flops, words = sketch.flops, sketch.words(amount.padded, amount.rows, amount.labelled)
-    return flops.token * amount.padded + flops.pair * amount.pairs + flops.row * amount.rows + flops.word * words
+    once = flops.token * amount.padded + flops.pair * amount.pairs + flops.row * amount.rows + flops.word * words
+    return sketch.teacher.runs * once
 
 
 def store_bytes(sketch: Sketch, amount: Amount) -> float:
@@ -131,7 +132,7 @@ def seconds(sketch: Sketch, sharding: Sharding, machine: Machine, amount: Amount
     together = size if alike else 1  # ranks that answer one batch
     workers = min(machine.ranks // together, amount.shards)
     waves = -(-amount.shards // workers) * workers / amount.shards  # the last shards leave ranks idle
-    forwards = amount.padded / max(batch_tokens, amount.longest) / workers * waves
+    forwards = sketch.teacher.runs * amount.padded / max(batch_tokens, amount.longest) / workers * waves
     reading = forwards * held(sketch, sharding if alike else Sharding()) / machine.bandwidth
     computing = operations(sketch, amount) / (machine.flops * together) / workers * waves
     received = _received(sketch, sharding, max(batch_tokens, amount.longest), amount)

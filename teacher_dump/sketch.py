@@ -157,7 +157,8 @@ class Sketch:
         key = (rows, tokens, labelled)
         if key not in self._known:
             with self._fake, torch.inference_mode(False):
-                batch = _batch(rows, tokens, labelled)
+                paired = self.teacher.info.intervention is not None
+                batch = _batch(rows + rows % 2 if paired else rows, tokens, labelled, paired)
                 present = [
                     *self._model.parameters(),
                     *self._model.buffers(),
@@ -196,7 +197,7 @@ def _bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.nbytes for weight in weights)
 
 
-def _batch(rows: int, tokens: int, labelled: int) -> Batch:
+def _batch(rows: int, tokens: int, labelled: int, paired: bool) -> Batch:
     ids, number = torch.zeros(rows, tokens, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     batch = Batch(
         rows=number,
@@ -208,6 +209,8 @@ def _batch(rows: int, tokens: int, labelled: int) -> Batch:
         token_labels=torch.full_like(ids, IGNORED) if labelled else None,
         row_labels=None,
         groups=number,
+        interchange=ids if paired else None,
+        draws=number if paired else None,
     )
     # How many there are would have to be read from tensors without data.
     vars(batch).update(real=torch.zeros(rows * tokens, dtype=torch.int64), scored=torch.zeros(labelled, dtype=torch.int64))

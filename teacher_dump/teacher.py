@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import Batch
-from online.capture import Capture, check_key
+from online.capture import check_key
 from online.encode import encode_on_device
-from online.models import LoadedModel, check_length, forward, load_model
+from online.interchange import answered
+from online.models import LoadedModel, check_length, load_model
 from online.pending import Pending
 from online.planner import Plan, Units, plan
 from online.replica import Replica
@@ -43,6 +44,11 @@ class TeacherPass:
     batch_tokens: int = 0
     """Padded tokens of a batch; 0 until :meth:`batched` has said it."""
 
+    @property
+    def runs(self) -> int:
+        """Forward passes over each batch."""
+        return 1 if self.info.intervention is None else 2
+
     def batched(self, tokens: int) -> "TeacherPass":
         """The same with batches of so many padded tokens."""
         return replace(self, batch_tokens=tokens, info=self.info.model_copy(update={"batch_tokens": tokens}))
@@ -60,9 +66,7 @@ class TeacherPass:
         keys = {spec.feature: replace(spec.feature, form="") for spec in self.specs}
         there = batch.to(self.device)
         with out_of_memory(self.device, *batch.mask.shape), torch.no_grad():
-            with Capture(self.loaded, keys.values()) as capture:
-                forward(self.loaded, there)
-            values = capture.features(there)
+            values = answered(self.loaded, there, keys.values(), self.info.intervention)
             encoded = [encode_on_device(spec.feature, values[keys[spec.feature]], there, spec) for spec in self.specs]
             return Pending(encoded, batch, sources)
 
@@ -130,6 +134,7 @@ def pass_of(
         statics=(),
         shipped=bool(blocks),
         made=made,
+        intervention=recipe.intervention,
     )
     return TeacherPass(loaded, device, requests, what, tuple(specs), info, alike=recipe.sharding.kind == "tp")
 

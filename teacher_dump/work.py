@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from store.table import Ints, RowTable
 from store.writer import StoreWriter
-from teacher_dump.batches import cut, padded_lengths, rows_of
+from teacher_dump.batches import cut, padded_lengths, rows_of, together
 from teacher_dump.out_of_memory import alone
 
 CLAIMS = 8
@@ -56,9 +56,9 @@ class Work:
         """Take back a batch for which memory did not suffice, and go on with half of its tokens to the end of the shard.
 
         Raises:
-            OutOfMemory: it is a single row.
+            OutOfMemory: it is a single row, or pair.
         """
-        if len(item.members) == 1:
+        if len(item.members) == together(self._rows):
             length = int(self._rows.at(item.members).length[0])
             raise alone(int(item.members[0]), length)
         if item.last:

@@ -34,6 +34,14 @@ def written(value: object) -> Callable[[Tree], object]:
     return lambda tree: tree["passes"]["bert"].update(intervention=value)
 
 
+def one_less(rows: Tree) -> None:
+    """Say that there is one row less in the first slot."""
+    rows["rows"] -= 1
+    rows["splits"]["train"] -= 1
+    rows["parts"][0]["rows"] -= 1
+    rows["filled"]["rows"][0] -= 1
+
+
 MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "plans without draws": (lambda tree: tree["rows"]["slot_crcs"].pop("draw"), "a checksum for each of"),
     "draws without plans": (
@@ -45,6 +53,7 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "a slot of plans without a checksum": (lambda tree: tree["rows"]["slot_crcs"]["interchange"].pop(), "interchange needs its type"),
     "plans of another type": (plan_array(dtype="uint8"), "interchange needs its type"),
     "plans of another width": (plan_array(width=10**6), "interchange needs its type"),
+    "a row without a partner": (lambda tree: one_less(tree["rows"]), "an even number of rows in each slot, for they stand in pairs"),
     "a block that is not there": (
         written({"layers": [[1], [2]]}),
         "pass bert: intervention: layers: expected different blocks",
