@@ -7,6 +7,8 @@ teacher's blocks: the JSON has the hash of its weights), with the same batch siz
 phases of a method share as they share their published epochs. What is done stands in --save and is not done again; with --hours no run
 is begun later than that, and one that is interrupted goes on from its last checkpoint in --work.
 
+Methods that need their teacher at work (recipes/online) run too, on the rows of the store.
+
 For each finished student the JSON has its held-out scores, its parameters, the bytes of features that one pass over the rows reads, the
 seconds of training on this machine, and which held-out rows it got right (bits as hexadecimal digits), for paired comparisons.
 """
@@ -100,14 +102,15 @@ def prepare(name: str, data: Path, work: Path) -> None:
 def recipes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The phases of shipped recipes that read the store of ``name`` alone, cut to the common size; the baseline first."""
     trees = {"no_teacher": {"phases": [baseline(name)]}}
-    for path in sorted((ROOT / "recipes" / "methods").glob("*.yaml")):
+    found = {path.stem: path for folder in ("online", "methods") for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))}
+    for stem, path in sorted(found.items()):  # a method that learns from a store is not run online as well: it would learn the same
         phases: dict[str, dict[str, Any]] = {}
         for phase in yaml.safe_load(path.read_text(encoding="utf-8"))["phases"]:
             earlier = {phase["student"].get("phase"), *(method.get("carry") for method in phase["methods"])} - {None}
             if {data["store"] for data in phase["data"]} == {f"out/{name}/features"} and earlier <= phases.keys():
                 phases[phase["name"]] = phase
         if phases:
-            trees[path.stem] = {"phases": list(phases.values())}
+            trees[stem] = {"phases": list(phases.values())}
     for recipe, tree in trees.items():
         yield recipe, cut(tree, name)
 
