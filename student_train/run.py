@@ -48,6 +48,7 @@ from student_train.output import (
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import micro_batches, train
+from student_train.unsafe import check_zero
 
 Models = Mapping[str, LoadedModel]
 """Teachers that run in this job, by name."""
@@ -130,6 +131,7 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
+        check_zero(phase, one.methods)
         meta = None if phase.meta is None else Source.of(phase.meta, Store.open(phase.meta.store), None)
         micro_batches([Source.of(data, Store.open(data.store), None) for data in phase.data], phase, recipe.seed, meta)
         for earlier in sorted({spec.carry for spec in phase.methods if spec.carry is not None}):

@@ -70,6 +70,7 @@ class MetaDistil(Method):
     accepts = "any with the teacher's task head; held-out rows with labels (meta)"
     live = True
     reads_meta = True
+    takes_gradients = True
 
     updates: Tensor
 
@@ -113,8 +114,6 @@ class MetaDistil(Method):
         (self.teacher,) = teachers.values()
         if not isinstance(self.teacher.weights, Whole):
             raise ValueError("metadistil trains its teacher on every rank: expected sharding kind none, found a teacher in parts")
-        if self.running_student is not None:
-            _check_whole(self.running_student)
         for name, weight in self.teacher.model.named_parameters():
             if torch.finfo(weight.dtype).bits < 32:
                 raise ValueError(f"metadistil trains its teacher, in steps too small for {weight.dtype}: expected dtype float32")
@@ -138,7 +137,6 @@ class MetaDistil(Method):
         if int(self.updates) > self.moment.step:  # by the first micro-batch of this step
             return
         assert step.meta is not None
-        _check_whole(step.student)
         weights = {name: weight for name, weight in step.student.model.named_parameters() if weight.requires_grad}
         copy = {name: weight.detach().requires_grad_() for name, weight in self._copy().items()}
         with sdpa_kernel(SDPBackend.MATH):  # in the backward passes too, which may compute activations again
@@ -255,12 +253,3 @@ def _summed(tensors: Sequence[Tensor], training: bool) -> list[Tensor]:
     """Each of ``tensors`` summed over ranks, without gradient; one exchange for all."""
     total = summed(torch.cat([tensor.flatten() for tensor in tensors]), training)
     return [part.view_as(tensor) for part, tensor in zip(total.split([tensor.numel() for tensor in tensors]), tensors, strict=True)]
-
-
-def _check_whole(student: LoadedModel) -> None:
-    """Refuse a student that lies in parts (under ZeRO-3 a rank's weights are empty outside of a pass)."""
-    if not isinstance(student.weights, Whole) or any(weight.numel() == 0 for weight in student.model.parameters()):
-        raise ValueError(
-            "metadistil takes a pilot step with all weights of the student, and a rank of ZeRO-3 or of a sharded student lacks them: "
-            "expected a student under DDP, ZeRO-1 or ZeRO-2"
-        )

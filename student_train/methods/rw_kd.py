@@ -47,6 +47,7 @@ class RWKD(Method):
     kinds = frozenset({"changes its loss as it goes", "compares rows of a batch"})
     accepts = "any with the teacher's task head; held-out rows with labels (meta)"
     reads_meta = True
+    takes_gradients = True
 
     def __init__(
         self, student: ModelShape, teacher: ModelShape, *, temperature: Temperature = 1.0, hard: Weight = 1.0, soft: Weight = 1.0
