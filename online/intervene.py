@@ -9,12 +9,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from online.capture import check_key
 from online.models import LoadedModel
-from online.taps import PROJECTIONS, Arguments, Tap, attention_module, first_argument, tap, with_first
+from online.taps import PROJECTIONS, Arguments, Tap, attention_module, computes_anew, first_argument, tap, with_first
 from online.written_attention import ATTENTION, Write, attention_written
 from store.features import FeatureKey
 
@@ -64,7 +63,7 @@ class Intervene:
 
     def __enter__(self) -> "Intervene":
         model = self._loaded.model
-        if torch.is_grad_enabled() and model.training and model.is_gradient_checkpointing:
+        if computes_anew(model):
             raise ValueError("gradient checkpointing computes blocks anew without what was written; turn gradient_checkpointing off")
         self._missing = set(self._writes)
         with ExitStack() as stack:

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -17,7 +16,7 @@ from online.batch import Batch
 from online.families import submodule
 from online.masks import as_added, pair_mask, token_positions
 from online.models import LoadedModel
-from online.taps import Tap, first_argument, with_first
+from online.taps import Tap, computes_anew, first_argument, with_first
 from online.tensor_parallel import Split
 
 _STAND_INS: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
@@ -60,9 +59,7 @@ class Replaced:
         self._held: list[tuple[nn.Module, Any, tuple[nn.Module, ...] | None]] = []
 
     def __enter__(self) -> "Replaced":
-        model = self._loaded.model
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if self._blocks and torch.is_grad_enabled() and model.training and recomputes:
+        if self._blocks and computes_anew(self._loaded.model):
             raise ValueError("gradient checkpointing computes blocks anew without what replaces them; turn gradient_checkpointing off")
         for number, (first, last) in self._blocks.items():
             block, chain = self._loaded.block(number), range(first, last + 1)

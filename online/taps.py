@@ -93,6 +93,13 @@ def attention_module(loaded: LoadedModel, layer: int) -> nn.Module:
     return submodule(loaded.block(layer), loaded.family.projections[0].rpartition(".")[0])
 
 
+def computes_anew(model: nn.Module) -> bool:
+    """Whether a backward pass runs blocks a second time, when contexts around the first are over: gradient checkpointing in training."""
+    return (
+        torch.is_grad_enabled() and model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    )
+
+
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tensor that a call hands over first."""
     first = args[0] if args else next(iter(kwargs.values()))
