@@ -68,7 +68,8 @@ def taken(batch: Batch, layers: Alternatives, own: Features) -> Mapping[FeatureK
             "an intervention needs rows in pairs, both in a batch; build rows with interchange: {} (rows.interchange in the dump's recipe)"
         )
     alternative_B = batch.draws % len(layers)
-    partner_B = torch.arange(len(alternative_B), device=alternative_B.device) ^ 1
+    places_B = torch.arange(len(alternative_B), device=alternative_B.device)
+    partner_B = (places_B ^ 1).clamp(max=len(places_B) - 1)
     index_BT = batch.interchange.clamp(min=0)
     writes = {}
     for key in written(layers):

@@ -17,6 +17,7 @@ from online.tensor_parallel import Split
 from online.turns import TakingTurns
 from store.errors import FingerprintMismatch
 from store.features import FeatureKey
+from store.intervention import Intervention
 from store.manifest import RowsInfo
 from store.shape import ModelShape
 from store.strict import Strict
@@ -28,6 +29,8 @@ class LiveSpec(ModelSpec):
     sharding: Sharding = Sharding()
     """``size`` is 1 or all ranks of the job: the student learns on every one of them. Under ``tp`` all ranks answer the rows of one after
     those of another."""
+    intervention: Intervention | None = None
+    """Answer with hidden states of each row's partner written in (DIITO), as in a dump's recipe."""
 
 
 def _kind(value: object) -> str:
@@ -54,9 +57,13 @@ def live_shapes(specs: Mapping[str, LiveSpec]) -> dict[str, ModelShape]:
     """Shapes of live teachers by name, from their configurations alone.
 
     Raises:
-        ValueError: no model folder, or a head that the family lacks.
+        ValueError: no model folder, a head that the family lacks, or an intervention in blocks that are not there.
     """
-    return {name: model_shape(load_config(spec.model, spec.trust_remote_code), spec.head, spec.modules) for name, spec in specs.items()}
+    shapes = {name: model_shape(load_config(spec.model, spec.trust_remote_code), spec.head, spec.modules) for name, spec in specs.items()}
+    for name, spec in specs.items():
+        if spec.intervention is not None:
+            spec.intervention.check(f"teacher {name}" if name else "teacher", shapes[name].layers)
+    return shapes
 
 
 def check_live(spec: LiveSpec, rows: RowsInfo, store: str) -> None:
@@ -87,7 +94,7 @@ def check_live(spec: LiveSpec, rows: RowsInfo, store: str) -> None:
 def load_live(specs: Mapping[str, LiveSpec], longest: int, device: torch.device) -> dict[str, LoadedModel]:
     """The models of live teachers by name: frozen, in eval mode; all ranks of the job load them together.
 
-    Two names of one model share it.
+    Two names of one model share it, with or without an intervention.
 
     Args:
         longest: Tokens of the longest row they will see.
@@ -96,8 +103,9 @@ def load_live(specs: Mapping[str, LiveSpec], longest: int, device: torch.device)
         ValueError: a model that cannot be loaded, or takes shorter rows.
     """
     models: dict[str, LoadedModel] = {}
+    plain = {name: spec.model_copy(update={"intervention": None}) for name, spec in specs.items()}
     for name, spec in specs.items():
-        same = next((other for other in models if specs[other] == spec), None)
+        same = next((other for other in models if plain[other] == plain[name]), None)
         if same is not None:
             models[name] = models[same]
             continue
@@ -108,13 +116,15 @@ def load_live(specs: Mapping[str, LiveSpec], longest: int, device: torch.device)
     return models
 
 
-def answering(models: Mapping[str, LoadedModel], keys: Mapping[str, frozenset[FeatureKey]]) -> Teacher | Teachers:
-    """Whoever answers for ``keys`` (by teacher) with ``models``, one after the other.
+def answering(
+    models: Mapping[str, LoadedModel], keys: Mapping[str, frozenset[FeatureKey]], specs: Mapping[str, LiveSpec]
+) -> Teacher | Teachers:
+    """Whoever answers for ``keys`` (by teacher) with ``models``, loaded as ``specs`` say, one after the other.
 
     Raises:
         ValueError: a model lacks a feature.
     """
-    teachers = {name: _teacher(model, keys.get(name, frozenset())) for name, model in models.items()}
+    teachers = {name: _teacher(model, keys.get(name, frozenset()), specs[name].intervention) for name, model in models.items()}
     return teachers[""] if "" in teachers else Teachers(teachers)
 
 
@@ -123,6 +133,6 @@ def takes_all_ranks(models: Mapping[str, LoadedModel]) -> bool:
     return any(not isinstance(model.weights, Whole) for model in models.values())
 
 
-def _teacher(model: LoadedModel, wanted: frozenset[FeatureKey]) -> Teacher:
-    live = LiveTeacher(model, wanted)
+def _teacher(model: LoadedModel, wanted: frozenset[FeatureKey], intervention: Intervention | None) -> Teacher:
+    live = LiveTeacher(model, wanted, intervention=intervention)
     return TakingTurns(live) if isinstance(model.weights, Split) else live

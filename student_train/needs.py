@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from store.features import FeatureKey
+from store.intervention import Intervention
 from store.remote import url_of
 from store.together import names
 from student_train.outline import Folders, Outline, outline
@@ -25,11 +26,15 @@ def needs(recipes: Sequence[TrainRecipe], folders: Folders | None = None) -> str
     """
     features: dict[tuple[Path, str], set[FeatureKey]] = {}
     blocks: dict[tuple[Path, str], set[int]] = {}
+    written: dict[tuple[Path, str], Intervention] = {}
     for recipe in recipes:
         for phase in recipe.phases:
             one = outline(recipe, phase, folders)
             for (store, pass_name), keys in one.passes.items():
                 features.setdefault((store, names(pass_name)[0]), set()).update(keys)
+            for _, method in one.methods:
+                for name, intervention in method.interventions.items():
+                    written |= {(data.store, names(data.answers[name])[0]): intervention for data in one.taught if name in data.answers}
             shipped = _shipped(one)
             if shipped is not None:
                 blocks.setdefault(shipped, set()).update(one.blueprint.taken or (1,))  # embeddings and head come with any block
@@ -38,6 +43,8 @@ def needs(recipes: Sequence[TrainRecipe], folders: Folders | None = None) -> str
     documents = []
     for store, pass_name in sorted(features, key=str):
         tree: dict[str, object] = {"store": str(url_of(store) or store), "pass_name": pass_name}
+        if (store, pass_name) in written:
+            tree["intervention"] = written[store, pass_name].model_dump(mode="json")
         tree["features"] = [str(key) for key in sorted(features[store, pass_name])]
         if starts := blocks.get((store, pass_name)):
             tree["ship_layers"] = sorted(starts)

@@ -20,6 +20,7 @@ from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
 from student_train.blueprint import LABELLED_HEADS, Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
 from student_train.importance import Look
+from student_train.interventions import check_interventions
 from student_train.learnable import check_domains, check_meta, label_problem, unlearnable
 from student_train.live import check_live, live_shapes
 from student_train.methods import method_class, parse_method
@@ -139,6 +140,7 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
             manifest.rows for data in (*phase.data, *phase.evaluate) if data in taught_by and (manifest := manifests[data.store])
         ]
         check_domains(spec.name, method, taught_rows)
+    check_interventions(phase, methods, {data: manifests[data.store] for data in read if data in taught_by}, bool(measured))
     held_out = manifests.get(phase.meta.store) if phase.meta else None
     check_meta(phase, methods, student, held_out.rows if held_out else None)
     return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes, measured)

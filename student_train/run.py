@@ -265,13 +265,13 @@ def _methods(one: Outline, seed: int) -> list[tuple[MethodSpec, Method]]:
 
 
 def _source(one: Outline, data: DataSpec, store: Store, live: Models) -> Source:
-    return Source.of(data, store, _teacher(store, data, one.method_keys, live) if data in one.taught else None)
+    return Source.of(data, store, _teacher(one, store, data, one.method_keys, live) if data in one.taught else None)
 
 
-def _teacher(store: Store, data: DataSpec, keys: Mapping[str, Keys], live: Models) -> Teacher | Teachers:
+def _teacher(one: Outline, store: Store, data: DataSpec, keys: Mapping[str, Keys], live: Models) -> Teacher | Teachers:
     """Whoever answers for ``keys`` (by teacher) on the rows of ``data``."""
     if live:
-        return answering(live, keys)
+        return answering(live, keys, one.phase.live)
     teachers = {name: StoredTeacher(store, passes, keys.get(name, frozenset())) for name, passes in data.answers.items()}
     return teachers[""] if "" in teachers else Teachers(teachers)
 
@@ -282,7 +282,7 @@ def _held_out(one: Outline, data: DataSpec, store: Store, live: Models) -> HeldO
     keys = {name: wanted for name, passes in data.answers.items() if (wanted := one.passes.get((data.store, passes)))}
     if live:
         keys = {name: one.method_keys[name] | (one.measured if name == compared else frozenset()) for name in live}
-    teacher = _teacher(store, data, keys, live) if any(keys.values()) else None
+    teacher = _teacher(one, store, data, keys, live) if any(keys.values()) else None
     return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data], compared)
 
 

@@ -18,6 +18,7 @@ from student_train.methods.ckd import CKD
 from student_train.methods.continuation_kd import ContinuationKD
 from student_train.methods.contrast import Contrast
 from student_train.methods.dgkd import DGKD
+from student_train.methods.diito import DIITO
 from student_train.methods.distilbert import DistilBERT
 from student_train.methods.distillm import DistiLLM
 from student_train.methods.fsp import FSP
@@ -80,6 +81,7 @@ METHODS: dict[str, type[Method]] = {
     "sid": SID,
     "mobilebert": MobileBERT,
     "distilbert": DistilBERT,
+    "diito": DIITO,
     "sentence": Sentence,
     "rkd": RKD,
     "fsp": FSP,

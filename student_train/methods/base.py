@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from online.batch import Batch, Features
 from online.models import LoadedModel
 from store.features import FeatureKey
+from store.intervention import Intervention
 from store.shape import ModelShape
 from student_train.moment import START, Moment
 from student_train.schedule import NUMBER, SCHEDULE, Schedule, Scheduled, at, check_range, kind_of
@@ -115,6 +116,8 @@ class Method(nn.Module):
         """Whether a term needs rows with phrases."""
         self.reads_domains = False
         """Whether a term needs rows with domains."""
+        self.interventions: Mapping[str, Intervention] = {}
+        """Teacher -> what is written into it while it answers; nothing is into others."""
         self.domains: int | None = None
         """How many there are, where something is kept of each."""
         self.moment: Moment = START
