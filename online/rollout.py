@@ -46,7 +46,10 @@ class Writing:
 
 
 def has_prompt(batch: Batch) -> Tensor:
-    """[B] bool: rows of which only some words are scored, so that those in front of them are a prompt; packed rows have none."""
+    """[B] bool: rows of which only some words are scored, so that those in front of them are a prompt; packed rows have none.
+
+    A prompt of a single token is none: rows with it are scored as plain text is.
+    """
     if batch.documents is not None:
         return torch.zeros_like(batch.rows, dtype=torch.bool)
     return batch.labelled.sum(1) < batch.lengths - 1

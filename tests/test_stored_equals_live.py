@@ -76,6 +76,7 @@ SETTINGS = {
     "modern": Setting("masked_lm", lambda **sizes: ModernBertConfig(**sizes, local_attention=6), {"objective": "mlm"}),
     "class": Setting("classification", BertConfig, {**LABELS, "slot_tokens": 1024}, 1024, 17),
     "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
+    "answers": Setting("causal_lm", qwen, {"objective": "causal", "text": "{genre} {label} {text}", "response": "text"}),
     "packed": Setting("causal_lm", qwen, {"objective": "causal", "long": "pack", "max_length": 32}),
 }
 

@@ -98,7 +98,7 @@ class DistiLLM(Method):
         self.register_buffer("kept_lengths", torch.zeros(capacity, dtype=torch.int32))
         self.register_buffer("kept", torch.zeros((), dtype=torch.int64))  # responses ever kept; the newest is at (kept - 1) % capacity
         self.register_buffer("phi", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("before", torch.full((), math.nan, dtype=torch.float64))  # validation loss at the last look
+        self.register_buffer("before", torch.full((), math.inf, dtype=torch.float64))  # validation loss at the last look
         self.register_buffer("judged", torch.zeros(2, dtype=torch.float64))  # sum and number of words since then, on this rank
 
     def attach(self, teachers: Mapping[str, LoadedModel]) -> None:

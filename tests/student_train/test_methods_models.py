@@ -65,6 +65,7 @@ def make_batch(head: Head, family: str) -> Batch:
     labels, token_labels = torch.tensor([0, 1, 2, 1]), torch.full((4, 8), IGNORED)
     if head == "causal_lm":
         token_labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORED)
+        token_labels[0, :2] = token_labels[2, 0] = IGNORED  # prompts
     else:
         token_labels[0, [1, 4]], token_labels[2, 3] = torch.tensor([2, 1]), 0
     segments = torch.zeros_like(ids) if family == "bert" else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
-from case import Case, all_cases, modules
+from case import Case, all_cases, all_of, modules
 from given import Given, make_batch, make_features, shape
 
 from online.batch import IGNORED, Batch, Features, TopK, Value
@@ -143,8 +143,8 @@ def padded(features: Features, junk: float) -> Features:
 
 def longer(batch: Batch) -> Batch:
     pad = torch.nn.functional.pad
-    fields = {name: getattr(batch, name) for name in ("mask", "input_ids", "token_labels", "phrases") if hasattr(batch, name)}
-    fills = {"token_labels": IGNORED}
+    fields = {name: getattr(batch, name) for name in ("mask", "input_ids", "token_labels", "phrases", "interchange") if hasattr(batch, name)}
+    fills = {"token_labels": IGNORED, "interchange": -1}
     return dataclasses.replace(
         batch, **{name: pad(value, (0, 3), value=fills.get(name, 0)) for name, value in fields.items() if value is not None}
     )
@@ -258,7 +258,7 @@ def test_an_option_changes_the_answer(name: str, changed: dict[str, object]) -> 
 
 def test_every_option_is_among_the_changed_ones() -> None:
     options = {(name, option) for name, cls in METHODS.items() for option in options_of(cls)}
-    assert options == {(CASES[name].method, option) for name, changed in CHANGES for option in changed}
+    assert options == {(CASES[name].method, option) for name, changed in CHANGES for option in changed} | set(all_of("ELSEWHERE"))
 
 
 def options_of(cls: type[Method]) -> list[str]:

@@ -3,7 +3,6 @@ tests that need ranks.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from online.models import HEADS
-from student_train.recipe import TrainRecipe
-from student_train.run import run
 from store.strict import parse
-from teacher_dump.dump import build_rows, dump
+from student_train.recipe import TrainRecipe
+from teacher_dump.dump import build_rows
 from teacher_dump.recipe import DumpRecipe
 
 WORDS = ["<pad>", "<unk>", "<eos>", *(f"w{number}" for number in range(21))]
@@ -50,7 +48,7 @@ def write_model(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
     return folder
 
 
-def write_rows(folder: Path, **rows: Any) -> Path:
+def write_rows(folder: Path, rows: dict[str, Any] | None = None) -> Path:
     """``folder``/store: 24 prompts of one to six words with responses of up to six, and 12 more of split dev, beside ``folder``/teacher."""
     numbers = np.random.default_rng(5)
 
@@ -63,20 +61,25 @@ def write_rows(folder: Path, **rows: Any) -> Path:
         lines = [json.dumps({"prompt": words(1, 6), "response": words(0, 6)}) for _ in range(count)]
         file.write_text("\n".join(lines))
         sources.append({"files": str(file), "split": split})
-    spec = {"sources": sources, "text": "{prompt} w0 {response}", "objective": "causal", "response": "response", "max_length": 16, **rows}
-    made = {"store": str(folder / "store"), "rows": spec, "teacher": {"model": str(folder / "teacher"), "head": "causal_lm"}}
+    spec = {"sources": sources, "text": "{prompt} w0 {response}", "objective": "causal", "response": "response", "max_length": 16}
+    made: dict[str, Any] = {
+        "store": str(folder / "store"),
+        "rows": spec | (rows or {}),
+        "teacher": {"model": str(folder / "teacher"), "head": "causal_lm"},
+    }
     made |= {"features": ["lm_logits@labels"], "pass_name": "tiny"}
     recipe = parse(DumpRecipe, made, "recipe")
     build_rows(recipe, ["tests"])
     return folder / "store"
 
 
-def recipe(folder: Path, output: Path, methods: list[dict[str, Any]], **changes: Any) -> TrainRecipe:
+def recipe(folder: Path, output: Path, methods: list[dict[str, Any]], changes: dict[str, Any] | None = None) -> TrainRecipe:
     """Four steps of 8 rows of ``folder``/store with ``folder``/teacher at work."""
     data = {"store": str(folder / "store")}
-    phase = {
+    phase: dict[str, Any] = {
         "name": "only", "student": {"model": {"model": str(folder / "student"), "head": "causal_lm"}}, "methods": methods, "data": [data],
-        "teacher": {"online": {"model": str(folder / "teacher"), "head": "causal_lm"}}, "steps": 4, "batch_rows": 8, **changes,
+        "teacher": {"online": {"model": str(folder / "teacher"), "head": "causal_lm"}}, "steps": 4, "batch_rows": 8,
+        **(changes or {}),
     }  # fmt: skip
-    phase["trainer"] = {**QUIET, **changes.get("trainer", {})}
+    phase["trainer"] = {**QUIET, **phase.get("trainer", {})}
     return parse(TrainRecipe, {"output": str(output), "phases": [phase]}, "recipe")

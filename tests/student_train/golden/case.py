@@ -4,6 +4,7 @@ A method's cases are one file in ``golden/methods``, found by its place. It defi
 
 - ``CASES``: name -> Case. Every term and parameter of the method appears in one.
 - ``CHANGES``: (case, changed options) for every option of the method, each of which changes the answer.
+- ``ELSEWHERE``: (method, option) of those that act before the method sees its rows; tests of its own file try them.
 - ``MODELS``: (options, family, head) of small real models: bert or llama, with a head.
 - ``LIVE``: (setting, options): stores and live teachers that it is compared on; settings are those of tests/test_stored_equals_live.py.
 - ``SAME_WIDTH``: [(method,)] where it takes only students as wide as their teacher.
