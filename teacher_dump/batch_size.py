@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from online.batch import BUCKET
 from online.collate import collate
+from online.figures import read_bytes, size
 from online.ranks import talking
 from online.replica import Replica
 from store.manifest import PassInfo
 from store.reader import Store
 from store.table import RowTable
 from teacher_dump.batches import padded_lengths, together, whole
-from teacher_dump.figures import read_bytes, size
 from teacher_dump.memory import Peak, free_memory
 from teacher_dump.out_of_memory import OutOfMemory, alone
 from teacher_dump.recipe import DumpRecipe

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from online.figures import duration, size, table
+from online.machines import Machine
 from online.sharding import Kind, Sharding
 from teacher_dump.amount import Amount
-from teacher_dump.figures import duration, size, table
-from teacher_dump.machines import Machine
 from teacher_dump.scale import Memory, Seconds, memory, seconds
 from teacher_dump.sketch import Sketch
 

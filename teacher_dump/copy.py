@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from online.figures import size
 from store.copies import Wanted, copy
 from store.manifest import PassInfo, read_manifest
 from store.provenance import provenance
@@ -12,7 +13,6 @@ from store.reader import Store
 from store.recode import Keeping
 from teacher_dump.coverage import forget_errors, settle
 from teacher_dump.export import bounds
-from teacher_dump.figures import size
 from teacher_dump.status import describe_rows
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from online.figures import table
 from store.diff import Apart, Compared, Difference, diff
-from teacher_dump.figures import table
 
 
 def compare(one: Path, other: Path, passes: Sequence[str]) -> tuple[bool, str]:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from online.figures import size
 from store.drop import drop
 from store.manifest import PassInfo, read_manifest
 from store.provenance import provenance
 from teacher_dump.coverage import forget_errors, settle
-from teacher_dump.figures import size
 
 
 def drop_from(store: Path, targets: Sequence[str], force: bool, command: Sequence[str]) -> str:

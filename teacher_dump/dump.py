@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from online import rows as building
+from online.figures import duration, size
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from online.replica import Replica, joined
@@ -23,7 +24,6 @@ from teacher_dump.accuracy import derived_errors, sample
 from teacher_dump.answering import Answering, Output
 from teacher_dump.batch_size import batch_tokens
 from teacher_dump.cost import cost_of
-from teacher_dump.figures import duration, size
 from teacher_dump.pipeline import Pipeline, memory_limit
 from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe

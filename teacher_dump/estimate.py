@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from online.figures import duration, size
+from online.machines import REACHED, UTILISATION, Machine, parse_machine
 from online.models import load_config, load_tokenizer, model_shape
 from online.planner import Units
 from store.manifest import Provenance
@@ -12,8 +14,6 @@ from store.provenance import provenance
 from store.reader import Store
 from teacher_dump.amount import Amount
 from teacher_dump.choices import Choice, advised, choices, gpu_reserve, shown
-from teacher_dump.figures import duration, size
-from teacher_dump.machines import REACHED, UTILISATION, Machine, parse_machine
 from teacher_dump.recipe import DumpRecipe, FeatureRequest
 from teacher_dump.scale import operations, store_bytes
 from teacher_dump.scratch import scratch_rows
@@ -32,7 +32,7 @@ class Wanted:
     nodes: int | None = None
     utilisation: float = UTILISATION
     known: Mapping[str, float] = field(default_factory=dict)
-    """As teacher_dump.machines.parse_machine takes them."""
+    """As online.machines.parse_machine takes them."""
 
 
 def estimate(recipe: DumpRecipe, wanted: Wanted, command: Sequence[str]) -> str:

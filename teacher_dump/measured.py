@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from online.figures import duration, size
+from online.machines import DISK, GPUS, REACHED, Machine
 from online.planner import Units
 from online.replica import Replica
 from online.sharding import Sharding
@@ -14,8 +16,6 @@ from store.reader import Store
 from teacher_dump.amount import Amount
 from teacher_dump.batches import padding
 from teacher_dump.choices import Choice, batch_bytes, choices, gpu_reserve, shown
-from teacher_dump.figures import duration, size
-from teacher_dump.machines import DISK, GPUS, REACHED, Machine
 from teacher_dump.pipeline import memory_limit
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.scale import Seconds, memory, operations, seconds

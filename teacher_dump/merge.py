@@ -5,10 +5,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from online.figures import size
 from store.merge import merge
 from store.provenance import provenance
 from store.reader import Store
-from teacher_dump.figures import size
 from teacher_dump.status import describe_rows
 
 

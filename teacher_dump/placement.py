@@ -4,9 +4,9 @@ import os
 
 import torch
 
+from online.figures import size
 from online.models import HEADS, ModelSpec, load_config
 from online.sharding import Sharding
-from teacher_dump.figures import size
 from teacher_dump.recipe import DumpRecipe
 
 ROOM = 0.7

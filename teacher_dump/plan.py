@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from online.figures import size, table
 from online.replica import Replica, joined
 from store.errors import FingerprintMismatch
 from store.features import FeatureSpec, StoreDtype
@@ -14,7 +15,6 @@ from teacher_dump.accuracy import Live, errors, live, sample, stored_as
 from teacher_dump.batch_size import batch_tokens
 from teacher_dump.cost import Cost, cost_of
 from teacher_dump.dump import RESERVE, requested
-from teacher_dump.figures import size, table
 from teacher_dump.measured import needs, other_shardings
 from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe

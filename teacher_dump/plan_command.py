@@ -71,8 +71,8 @@ def plan(
         raise click.UsageError("--measure runs the teacher here, --on MACHINE calculates for another machine; leave one of them out")
     import json
 
+    from online.machines import UTILISATION, this_machine
     from teacher_dump.estimate import Wanted, estimate, stored
-    from teacher_dump.machines import UTILISATION, this_machine
 
     if as_json:
         click.echo(json.dumps(stored(load(recipe, overrides), Wanted(machine or "", tokens, length), command), indent=1))

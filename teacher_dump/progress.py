@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from online.figures import duration
 from store.commits import Logs
 from store.table import RowTable
-from teacher_dump.figures import duration
 from teacher_dump.totals import Totals
 
 WINDOW = 300.0

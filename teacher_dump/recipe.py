@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from online.figures import read_bytes
 from online.models import ModelSpec
 from online.rows import RowsSpec
 from online.sharding import Sharding
@@ -15,7 +16,6 @@ from store.features import Compression, StoreDtype
 from store.intervention import Intervention
 from store.remote import url_of
 from store.strict import Strict, load_yaml
-from teacher_dump.figures import read_bytes
 
 
 class FeatureRequest(Strict):

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from online.machines import Machine
 from online.sharding import Kind, Sharding
 from teacher_dump.amount import Amount
-from teacher_dump.machines import Machine
 from teacher_dump.pipeline import SHARDS
 from teacher_dump.sketch import Sketch
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from online.figures import size, table
 from store import layout
 from store.commits import Commit
 from store.features import FeatureSpec
@@ -11,7 +12,6 @@ from store.manifest import Manifest, PassInfo, Provenance, RowsInfo
 from store.reader import Store
 from store.remote import url_of
 from store.strays import strays, weigh
-from teacher_dump.figures import size, table
 from teacher_dump.records import describe_errors, read_errors
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import JsonValue
 
-from teacher_dump.figures import duration, size
+from online.figures import duration, size
 
 
 @dataclass

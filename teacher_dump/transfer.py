@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from online.figures import size
 from store import transfer
-from teacher_dump.figures import size
 from teacher_dump.status import status
 
 

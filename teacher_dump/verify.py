@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from online.figures import size
 from store import layout
 from store.manifest import read_manifest
 from store.reader import Store
@@ -15,7 +16,6 @@ from store.strays import Freed
 from store.verify import Problem, Progress, Repaired
 from store.verify import repair as repair_store
 from store.verify import verify as verify_store
-from teacher_dump.figures import size
 from teacher_dump.records import describe_errors, read_errors
 
 

@@ -1,12 +1,12 @@
-"""Machines that a dump may be planned for without having them: how many ranks, and what one of them holds, computes and receives."""
+"""Machines that may be planned for without having them: how many ranks, and what one of them holds, computes and receives."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from online.figures import read_bytes
 from online.flops import peak_flops
-from teacher_dump.figures import read_bytes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,7 +60,7 @@ class Machine:
     memory: float
     """Bytes of a device."""
     flops: float
-    """Operations a second in the teacher's type."""
+    """Operations a second in the type that was asked for."""
     bandwidth: float
     """Bytes a second between a device's memory and its cores."""
     link: float
@@ -95,7 +95,7 @@ def parse_machine(
     What a number of bytes leaves open is taken from the GPU that comes next to it in memory.
 
     Args:
-        dtype: Type that the teacher is run in.
+        dtype: Type that is computed in.
         known: Peaks and sizes that go before the vendor's: any of ``flops``, ``bandwidth``, ``link``, ``network``, ``host``,
             ``host_memory`` and ``disk``.
         nodes: Machines that the ranks are spread over; by default one for each eight ranks.
@@ -113,7 +113,7 @@ def parse_machine(
     like = name if memory is None else _nearest(memory, dtype)
     gpu, flops = GPUS[like], known.get("flops") or peak_flops(like, dtype)
     if flops is None:
-        raise ValueError(f"{like} does not compute in {dtype}; give the teacher another dtype, or say its speed with --flops")
+        raise ValueError(f"{like} does not compute in {dtype}; give the model another dtype, or say its speed with --flops")
     nodes = nodes or -(-ranks // RANKS_A_NODE)
     if ranks % nodes:
         raise ValueError(f"--nodes: expected a number that divides the {ranks} ranks, found {nodes}")
@@ -143,7 +143,7 @@ def this_machine() -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise ValueError("--no-measure: this machine has no GPU that torch can use; say which one to plan for, as in --on 8x40GB")
+        raise ValueError("this machine has no GPU that torch can use; say which one to plan for, as in --on 8x40GB")
     return f"{count}x{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f}GB"
 
 
