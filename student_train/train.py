@@ -18,6 +18,7 @@ from store.manifest import Json
 from store.publish import crc32c
 from store.together import PassName, fingerprint
 from student_train import checkpoint, lending
+from student_train.agreement import check_same_run
 from student_train.arguments import checkpoints_student, fixed_on_resume, training_arguments
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
@@ -85,9 +86,11 @@ def train(
         steps=data.steps,
         epoch_steps=data.epoch_steps,
         evaluates=evaluate is not None,
+        every_backward=phase.zero is not None,
     )
     ranks = Ranks(args.ddp_timeout)
     settings = _settings(phase, data, seed, ranks.count)
+    check_same_run(ranks, settings)
     resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
     step = 0 if resumed is None else checkpoint.step_of(resumed)
     callbacks = []
