@@ -174,8 +174,8 @@ class Bundle(nn.Module):
     ) -> Terms:
         keys: frozenset[FeatureKey] = frozenset().union(*(method.student_keys for method in methods.values()))
         with ExitStack() as around:
-            for method in methods.values():
-                around.enter_context(method.running(self.loaded))
+            for method in methods.values() if self.training else ():
+                around.enter_context(method.running(self.loaded, batch))
             student = run(self.loaded, batch, keys, added_BTW) if keys else {}
         terms: Terms = {}
         with torch.autocast(batch.input_ids.device.type, enabled=False):
