@@ -54,10 +54,12 @@ def training_arguments(
     steps: int,
     epoch_steps: float,
     evaluates: bool,
+    every_backward: bool = False,
 ) -> TrainingArguments:
     """The arguments of a run of ``steps`` optimiser steps whose items are micro-batches (one item is one "example").
 
-    ``epoch_steps`` is how many steps go once through the data: the loop itself knows one epoch, the whole run.
+    ``epoch_steps`` is how many steps go once through the data: the loop itself knows one epoch, the whole run. ``every_backward``: ranks sum
+    up gradients after each micro-batch, as ZeRO does.
 
     Raises:
         ValueError: an argument is unknown, has no effect here, is set by another field (named in the message), or has the wrong type.
@@ -90,7 +92,7 @@ def training_arguments(
             chosen |= {f"{verb}_strategy": "steps", f"{verb}_steps": max(1, round(epoch_steps))}
     chosen.pop("gradient_checkpointing", None)
     chosen.pop("activation_checkpointing", None)
-    ours = {
+    ours: dict[str, object] = {
         "output_dir": str(checkpoints),
         "max_steps": steps,
         "per_device_train_batch_size": 1,
@@ -102,6 +104,8 @@ def training_arguments(
         "ddp_broadcast_buffers": False,  # a method's memory bank belongs to its rank
         "ddp_find_unused_parameters": True,  # a loss on hidden states leaves the head without gradient
     }
+    if every_backward:
+        ours["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     try:
         args = TrainingArguments(**chosen, **ours)
     except (TypeError, ValueError, ImportError) as error:
