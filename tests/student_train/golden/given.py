@@ -38,7 +38,7 @@ def make_batch(labels: str = "") -> Batch:
     for row, (start, length) in enumerate([(0, 7), (4, 4), (0, 2), (0, 5), (0, 1)]):
         mask[row, start : start + length] = True
     token_labels = None
-    if labels == "tokens":
+    if labels in ("tokens", "pairs"):
         token_labels = torch.full((5, 8), IGNORED)
         for row, token, label in [(0, 1, 2), (0, 6, 0), (1, 4, 1), (3, 0, 2), (3, 2, 2)]:
             token_labels[row, token] = label
@@ -57,11 +57,17 @@ def make_batch(labels: str = "") -> Batch:
             torch.tensor([0, 1]),
         )
         phrases[3, :5] = torch.tensor([1, 2, 2, 0, 3])
+    interchange = draws = None
+    if labels == "pairs":  # rows 0 and 1, 2 and 3; the last one has no partner
+        interchange, draws = torch.full((5, 8), -1), torch.tensor([6, 6, 9, 9, 2])
+        for (row, token), (other, there) in [((0, 2), (1, 6)), ((0, 5), (1, 7)), ((2, 1), (3, 4))]:
+            interchange[row, token], interchange[other, there] = there, token
     groups = torch.tensor([3, 3, 9, 9, 9])
     domains = torch.tensor([0, 2, 2, 0, 2])
     return Batch(
-        torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains=domains, phrases=phrases
-    )
+        torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains, phrases,
+        interchange, draws,
+    )  # fmt: skip
 
 
 def sees(one: ModelShape, block: int, query: int, key: int) -> bool:
