@@ -36,6 +36,7 @@ from online.models import HEADS
 from online.planner import Units
 from online.replica import joined
 from online.sharding import Kind, Sharding
+from online.sizes import GATHERED, held
 from store.provenance import provenance
 from store.reader import Store
 from store.table import Ints
@@ -45,7 +46,6 @@ from teacher_dump.choices import batch_bytes
 from teacher_dump.dump import dump, ensure_rows, requested
 from teacher_dump.launch import launch
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.scale import GATHERED, held
 from teacher_dump.sketch import Sketch, sketch
 from teacher_dump.teacher import TeacherPass, load_pass
 

@@ -46,6 +46,10 @@ UTILISATION, REACHED = 0.4, 0.7
 """Parts of the peak operations a second, and of the peak bytes a second, that are assumed to be reached."""
 HOST_MEMORY, DISK = 1e12, 3e9
 """Bytes of main memory of a node, and bytes a second of its disk, of which nothing is said: assumptions."""
+CONTEXT, SLACK = 1.5e9, 0.05
+"""Bytes on a GPU that CUDA, its libraries and the communication take, and the part of its memory that lies waste between tensors."""
+PROCESS = 3e9
+"""Bytes of main memory of a process with torch, transformers and a GPU's libraries."""
 
 _ALIASES = {"A100": "A100-80GB", "V100": "V100-32GB", "H100-80GB": "H100", "H200-141GB": "H200"}
 
@@ -145,6 +149,11 @@ def this_machine() -> str:
     if not count:
         raise ValueError("this machine has no GPU that torch can use; say which one to plan for, as in --on 8x40GB")
     return f"{count}x{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f}GB"
+
+
+def gpu_reserve(machine: Machine) -> float:
+    """Bytes of a GPU that no tensor gets; an assumption."""
+    return CONTEXT + SLACK * machine.memory
 
 
 def _nearest(memory: float, dtype: Dtype) -> str:

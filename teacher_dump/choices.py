@@ -7,12 +7,10 @@ from pathlib import Path
 from online.figures import duration, size, table
 from online.machines import Machine
 from online.sharding import Kind, Sharding
+from online.sizes import splits
 from teacher_dump.amount import Amount
 from teacher_dump.scale import Memory, Seconds, memory, seconds
 from teacher_dump.sketch import Sketch
-
-CONTEXT, SLACK = 1.5e9, 0.05
-"""Bytes on a GPU that CUDA, its libraries and the communication take, and the part of its memory that lies waste between tensors."""
 
 _ANY_DISK = Path("FOLDER")
 
@@ -51,11 +49,6 @@ class Choice:
     @property
     def fits(self) -> bool:
         return not self.lacking and not self.lacking_host
-
-
-def gpu_reserve(machine: Machine) -> float:
-    """Bytes of a GPU that no tensor gets; an assumption."""
-    return CONTEXT + SLACK * machine.memory
 
 
 def choices(sketch: Sketch, machine: Machine, amount: Amount, batch_tokens: int | None, reserve: float) -> list[Choice]:
@@ -120,17 +113,6 @@ def shardings(sketch: Sketch, ranks: int, offload: bool) -> Iterator[Sharding]:
         most_first = sizes[::-1]  # that hold the fewest copies in main memory
         yield from (Sharding(kind="zero3", size=count, offload="cpu") for count in most_first)
         yield from (Sharding(kind="zero3", size=count, offload="nvme", offload_folder=_ANY_DISK) for count in most_first)
-
-
-def splits(sketch: Sketch, ranks: int) -> bool:
-    """Whether tensor parallelism can deal the teacher out to so many ranks."""
-    from online.tensor_parallel import check_heads
-
-    try:
-        check_heads(sketch.teacher.loaded.model.config, ranks)
-    except ValueError:
-        return False
-    return sketch.split > 0
 
 
 def advised(found: Sequence[Choice]) -> Choice:

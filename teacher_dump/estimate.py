@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from online.figures import duration, size
-from online.machines import REACHED, UTILISATION, Machine, parse_machine
+from online.machines import REACHED, UTILISATION, Machine, gpu_reserve, parse_machine
 from online.models import load_config, load_tokenizer, model_shape
 from online.planner import Units
 from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
 from teacher_dump.amount import Amount
-from teacher_dump.choices import Choice, advised, choices, gpu_reserve, shown
+from teacher_dump.choices import Choice, advised, choices, shown
 from teacher_dump.recipe import DumpRecipe, FeatureRequest
 from teacher_dump.scale import operations, store_bytes
 from teacher_dump.scratch import scratch_rows

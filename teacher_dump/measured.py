@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 
 from online.figures import duration, size
-from online.machines import DISK, GPUS, REACHED, Machine
+from online.machines import DISK, GPUS, REACHED, Machine, gpu_reserve
 from online.planner import Units
 from online.replica import Replica
 from online.sharding import Sharding
 from store.reader import Store
 from teacher_dump.amount import Amount
 from teacher_dump.batches import padding
-from teacher_dump.choices import Choice, batch_bytes, choices, gpu_reserve, shown
+from teacher_dump.choices import Choice, batch_bytes, choices, shown
 from teacher_dump.pipeline import memory_limit
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.scale import Seconds, memory, operations, seconds

@@ -1,16 +1,14 @@
 """What a dump takes of a machine, from shapes alone: memory of a rank, and time. docs/scale.md has the formulas with their symbols."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from online.machines import Machine
-from online.sharding import Kind, Sharding
+from online.machines import PROCESS, Machine
+from online.sharding import Sharding
+from online.sizes import GATHERED, held
 from teacher_dump.amount import Amount
 from teacher_dump.pipeline import SHARDS
 from teacher_dump.sketch import Sketch
 
-PROCESS = 3e9
-"""Bytes of main memory of a process with torch, transformers and a GPU's libraries."""
 SWAPPED = 6
 """Parts in main memory on their way from an NVMe disk (online.offload)."""
 
@@ -55,40 +53,6 @@ class Seconds:
         """What takes most of the time."""
         parts = {"computing": self.computing, "exchange": self.exchanging, "offload": self.loading}
         return "disk" if self.writing >= self.total else max(parts, key=lambda name: parts[name])
-
-
-def _ahead(sketch: Sketch, tokens: int) -> float:
-    """ZeRO-3: the module that runs, and what is fetched ahead: half a block (online.zero3's limit) and one weight more.
-
-    Weights that come in one message are there twice while they are laid out.
-    """
-    return sketch.module + 2 * (sketch.block / 2 + sketch.block_weight)
-
-
-def _units(sketch: Sketch, tokens: int) -> float:
-    """FSDP2: the block that runs, the next unit, twice while it is laid out, and what stays: tied embeddings and the outermost unit."""
-    outermost = sketch.outside - sketch.embeddings
-    return sketch.block + 2 * max(sketch.block, sketch.embedding) + (sketch.embedding if sketch.tied else 0) + 2 * outermost
-
-
-def _sums(sketch: Sketch, tokens: int) -> float:
-    """Tensor parallelism: no weights, but a copy of hidden states while they are summed."""
-    return tokens * sketch.teacher.loaded.shape.width * sketch.itemsize
-
-
-def _nothing(sketch: Sketch, tokens: int) -> float:
-    return 0.0
-
-
-GATHERED: dict[Kind, Callable[[Sketch, int], float]] = {"none": _nothing, "zero3": _ahead, "fsdp": _units, "tp": _sums}
-"""Bytes of other ranks that a rank holds at worst while it answers a batch of so many padded tokens."""
-
-
-def held(sketch: Sketch, sharding: Sharding) -> float:
-    """Bytes of the weights that are a rank's own."""
-    if sharding.kind == "tp":
-        return sketch.weights - sketch.split + sketch.split / sharding.size
-    return sketch.weights / sharding.size
 
 
 def memory(sketch: Sketch, sharding: Sharding, batch: float, tokens: int, amount: Amount, reserve: float) -> Memory:

@@ -13,16 +13,17 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, PreTrainedConfig
 
 from online.batch import IGNORED, Batch
-from online.machines import parse_machine
+from online.machines import gpu_reserve, parse_machine
 from online.models import HEADS, LoadedModel, load_config, model_shape
 from online.planner import Units
 from online.sharding import Sharding
+from online.sizes import GATHERED, held
 from store import Store
 from store.provenance import provenance
 from teacher_dump.amount import Amount
-from teacher_dump.choices import advised, batch_bytes, choices, gpu_reserve, shardings
+from teacher_dump.choices import advised, batch_bytes, choices, shardings
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.scale import GATHERED, held, memory, operations, seconds, store_bytes
+from teacher_dump.scale import memory, operations, seconds, store_bytes
 from teacher_dump.selection import resolve
 from teacher_dump.sketch import Sketch, sketch
 from teacher_dump.teacher import pass_of
