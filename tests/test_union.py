@@ -37,7 +37,7 @@ def wanted(pair: Pair) -> dict[str, Reads]:
     """What each task method with one teacher reads by default."""
     found = {}
     for name, cls in METHODS.items():
-        if cls.needs_teacher and not cls.several:
+        if cls.needs_teacher and not cls.several and not cls.live:
             try:
                 found[name] = reads(name, pair)
             except ValueError:

@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from transformers import LlamaConfig, ModernBertConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_rw_kd import KINDS, Kind, hard, logits_of, soft, student_of
 
-from online.models import LoadedModel
+from online.models import HEADS, LoadedModel
 from online.zero3 import Partitioned
 from store.shape import Head, ModelShape
 from student_train.methods import parse_method
@@ -26,6 +28,12 @@ from student_train.moment import START
 from student_train.step import Step, run
 
 Weights = dict[str, Tensor]
+Make = Callable[[Head, int], LoadedModel]
+"""The student of a head with so many labels."""
+SIZES: dict[str, Any] = {
+    "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.5,
+}  # fmt: skip
 PILOT = 0.5
 """Large enough to see what the pilot step changes."""
 HUGE = 1e9
@@ -41,9 +49,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def teacher_of(head: Head, labels: int) -> LoadedModel:
+def llama_of(head: Head, labels: int) -> LoadedModel:
+    return made(LlamaConfig(**SIZES, num_key_value_heads=1, num_labels=labels), head)
+
+
+def modern_of(head: Head, labels: int) -> LoadedModel:
+    windows = {"global_attn_every_n_layers": 2, "local_attention": 16}
+    return made(ModernBertConfig(**SIZES, **windows, num_labels=labels, cls_token_id=1, sep_token_id=1, classifier_dropout=0.0), head)
+
+
+def made(config: PreTrainedConfig, head: Head) -> LoadedModel:
+    torch.manual_seed(0)
+    return LoadedModel.of(HEADS[head].from_config(config).train(), head)
+
+
+def teacher_of(make: Make, head: Head, labels: int) -> LoadedModel:
     """As the student, with other weights."""
-    teacher = student_of(head, labels)
+    teacher = make(head, labels)
     torch.manual_seed(5)
     with torch.no_grad():
         for weight in teacher.model.parameters():
@@ -55,10 +77,10 @@ def teacher_of(head: Head, labels: int) -> LoadedModel:
 class World:
     """Student and teacher: as the method has them, and in float64 as the paper does."""
 
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, options: dict[str, Any], make: Make = student_of) -> None:
         self.kind: Kind = KINDS[name]
         self.options = options
-        self.student, self.teacher = (make(self.kind.head, self.kind.labels) for make in (student_of, teacher_of))
+        self.student, self.teacher = make(self.kind.head, self.kind.labels), teacher_of(make, self.kind.head, self.kind.labels)
         self.exact = [copy.deepcopy(one.model).double() for one in (self.student, self.teacher)]
         for model in self.exact:
             model.set_attn_implementation("eager")
@@ -78,7 +100,8 @@ class World:
         return {name: weight.detach().clone().requires_grad_() for name, weight in self.exact[number].named_parameters()}
 
     def running(self, number: int, weights: Weights) -> Callable[..., Any]:
-        return lambda **inputs: functional_call(self.exact[number], weights, (), inputs)
+        left_out = {"token_type_ids"} - signature(self.exact[number].forward).parameters.keys()
+        return lambda **inputs: functional_call(self.exact[number], weights, (), {key: inputs[key] for key in inputs.keys() - left_out})
 
     def terms(self, student: Weights, teacher: Weights) -> list[Tensor]:
         """Those of the rows to train on, means, from the paper."""
@@ -94,7 +117,9 @@ class World:
         if beta := self.options.get("beta"):
             batch = kind.train
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "token_type_ids": batch.segments}
-            s, t = (model(**inputs, output_hidden_states=True).hidden_states[1][:, 0] for model in models)
+            s, t = (model(**inputs, output_hidden_states=True).hidden_states[1] for model in models)
+            at = batch.lengths - 1 if self.student.shape.causal else torch.zeros_like(batch.lengths)
+            s, t = (hidden[torch.arange(len(at)), at] for hidden in (s, t))
             s, t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
             found.append(beta * (s - t).square().mean())
         return found
@@ -139,6 +164,17 @@ def test_the_teachers_gradient_is_what_its_weights_do_to_the_quiz_after_the_pilo
     for key, weight in world.student.model.state_dict().items():  # the pilot step is gone
         assert torch.equal(weight, before[key])
     assert all(weight.grad is None for model in (world.student.model, world.teacher.model) for weight in model.parameters())
+
+
+@pytest.mark.parametrize(("options", "make"), [({"soft": "kl", "beta": 1.0}, llama_of), ({"beta": 1.0}, modern_of)])
+def test_other_families_teach_too(options: dict[str, Any], make: Make) -> None:
+    """Differentiated by torch: these compute in float32 here and there, where finite differences drown."""
+    world = World("classes", options, make)
+    method, teacher = world.method(), world.weights(1)
+    method.prepare(world.step())
+    world.quiz(world.weights(0), teacher).backward(inputs=list(teacher.values()))
+    for weight, slope in zip(teacher.values(), slopes_of(method), strict=True):
+        torch.testing.assert_close(slope, weight.grad, rtol=1e-3, atol=1e-4 * float(weight.grad.abs().max()))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
