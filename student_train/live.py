@@ -53,6 +53,11 @@ class Online(Strict):
         return {"": self.online} if isinstance(self.online, LiveSpec) else self.online
 
 
+def plain(spec: LiveSpec) -> LiveSpec:
+    """``spec`` without an intervention: specs that agree so share one model."""
+    return spec.model_copy(update={"intervention": None})
+
+
 def live_shapes(specs: Mapping[str, LiveSpec]) -> dict[str, ModelShape]:
     """Shapes of live teachers by name, from their configurations alone.
 
@@ -103,9 +108,8 @@ def load_live(specs: Mapping[str, LiveSpec], longest: int, device: torch.device)
         ValueError: a model that cannot be loaded, or takes shorter rows.
     """
     models: dict[str, LoadedModel] = {}
-    plain = {name: spec.model_copy(update={"intervention": None}) for name, spec in specs.items()}
     for name, spec in specs.items():
-        same = next((other for other in models if plain[other] == plain[name]), None)
+        same = next((other for other in models if plain(specs[other]) == plain(spec)), None)
         if same is not None:
             models[name] = models[same]
             continue
