@@ -17,7 +17,7 @@ from store.strict import Strict
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Values of ``optim`` that move each weight by its own gradient alone: ZeRO hands them long vectors of many weights."""
 
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 """Elements of gradients that are reduced at a time; DeepSpeed sets as much memory aside."""
 
 
@@ -73,7 +73,7 @@ def check_arguments(given: Mapping[str, object], where: str) -> None:
 def configuration(zero: Zero, module: nn.Module, args: TrainingArguments) -> dict[str, Any]:
     """DeepSpeed's configuration for training ``module``, which is whole yet, with ``args``."""
     trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-    stage: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": max(1, min(trained, _BUCKET))}
+    stage: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": max(1, min(trained, BUCKET))}
     if zero.stage == 3:
         # as for teachers: what must be there at once is the module that runs and the next one
         block, largest = largest_block(module), largest_parameter(module)
