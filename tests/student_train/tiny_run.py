@@ -134,6 +134,28 @@ class Bank(Method):
         return {"bank": loss}
 
 
+class Turns(Method):
+    """Pulls the first token's state behind block 1 to zero, then its query in block 2, turn and turn about.
+
+    In the second turn block 1 and what is no block stand still by its gates, in the first one block 2 by itself, but for its rate.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.turns = FeatureKey("hidden", 1, "first"), FeatureKey("query", 2, "first")
+        super().__init__(self.turns)
+        self.scale = torch.nn.Parameter(torch.ones(width))
+
+    def counts(self, batch: Batch) -> Terms:
+        return {"turns": torch.tensor(float(len(batch.rows)))}
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
+        first_BW = dense(student, self.turns[self.moment.step % 2])
+        return {"turns": (first_BW * self.scale).square().sum() if self.moment.step % 2 == 0 else (first_BW - 1).square().sum()}
+
+    def gates(self) -> dict[int, float]:
+        return {1: 1.0, 2: 0.5} if self.moment.step % 2 == 0 else {0: 0.0, 1: 0.0, 2: 0.5}
+
+
 Evaluate = Callable[[Bundle], dict[str, float]]
 
 
@@ -157,6 +179,7 @@ def run(
     methods: list[MethodSpec],
     dropout: float = 0.1,
     bank: bool = True,
+    turns: bool = False,
     kill_at: int | None = None,
     evaluate: Evaluate | None = None,
     seed: int = 3,
@@ -180,6 +203,8 @@ def run(
     built = [(spec, parse_method(spec.name, dict(spec.options), student.shape, known)) for spec in methods]
     if bank:
         built.append((MethodSpec(name="bank", weight=0.1), Bank(16, kill_at)))
+    if turns:
+        built.append((MethodSpec(name="turns"), Turns(16)))
     bundle = Bundle(student, built)
     wanted = frozenset(key.of("") for _, method in built for key in method.teacher_keys)
     teachers = [StoredTeacher(store, name, wanted) if name else None for store, name in zip(opened, pass_names, strict=True)]
