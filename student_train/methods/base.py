@@ -101,6 +101,8 @@ class Method(nn.Module):
     """Whether ``rewrite`` changes the rows themselves, which a live teacher alone can then answer for; ``attach`` hands it that one."""
     takes_gradients: ClassVar[bool] = False
     """Whether it takes gradients in the student's weights by itself, or runs it with other weights: all of them must be there at once."""
+    trains_teacher: ClassVar[bool] = False
+    """Whether it changes its teacher's weights, and so takes no teacher in parts."""
     must_carry: bool = False
     """Whether its parameters mean nothing before an earlier phase has trained them: a recipe then names that phase with ``carry``."""
     learned_buffers: ClassVar[tuple[str, ...]] = ()

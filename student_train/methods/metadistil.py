@@ -71,6 +71,7 @@ class MetaDistil(Method):
     live = True
     reads_meta = True
     takes_gradients = True
+    trains_teacher = True
 
     updates: Tensor
 
