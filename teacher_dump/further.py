@@ -7,7 +7,7 @@ from itertools import count
 from online.derive import route
 from store import together
 from store.codecs import feature_spec
-from store.errors import StoreError
+from store.errors import FingerprintMismatch, StoreError
 from store.features import FeatureKey, FeatureSpec
 from store.manifest import Manifest, PassInfo
 from teacher_dump.recipe import DumpRecipe, FeatureRequest
@@ -38,7 +38,7 @@ def further(recipe: DumpRecipe, requests: Sequence[Request], manifest: Manifest,
         pending: Pass -> shards that it lacks.
 
     Raises:
-        FingerprintMismatch: further passes in the store are of another teacher.
+        FingerprintMismatch: further passes in the store are of another teacher, or the pass has another intervention.
         StoreError: the pass was imported.
     """
     own = family(manifest.passes, recipe.pass_name)
@@ -47,6 +47,12 @@ def further(recipe: DumpRecipe, requests: Sequence[Request], manifest: Manifest,
     if own[recipe.pass_name].imported:
         raise StoreError(f"pass {recipe.pass_name} was imported, and its teacher is not known; give this one another pass_name")
     together.check_same_teacher(own)
+    if (stored := own[recipe.pass_name].intervention) != recipe.intervention:
+        found = "none" if recipe.intervention is None else str(recipe.intervention)
+        raise FingerprintMismatch(
+            f"{recipe.store} has a pass {recipe.pass_name} with another intervention: expected {stored or 'none'} as stored, "
+            f"found {found}; give this one another pass_name"
+        )
     asked = {request.key: request for request in requests}
     recipes, others = [], []
     for name, info in own.items():
