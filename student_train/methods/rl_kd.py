@@ -64,8 +64,9 @@ class RLKD(Method):
     Coins follow from seed, step and number of the row alone, so nothing has to be remembered of an episode but the policy, which
     ``carry`` takes into a later phase. When the student is measured, all teachers are chosen.
 
-    Unverified for the paper: one (A, b) for all teachers, as the formula is written, or for ``each``; rewards 2 and 3 and gamma; that a
-    row is paid for itself; episode, rate and baseline. alpha and T are those of GLMD's authors (Tan et al. 2023, arXiv 2306.06625, without
+    Unverified for the paper: (A, b) ``shared`` by all teachers, as the formula is written, or one for ``each``, which told a good teacher
+    from a misleading one more surely; rewards 2 and 3 and gamma; that a row is paid for itself; episode, rate (less for reward 2,
+    which is as large as T^2 KL) and baseline. alpha and T are those of GLMD's authors (Tan et al. 2023, arXiv 2306.06625, without
     T^2). Their code deviates, and none of it is offered: pi instead of log pi without a baseline, so that every action becomes less
     likely as long as rewards are negative; the action of a step is paid by the loss of the next batch; the sum is divided by the
     number of all teachers; logits stand for probabilities; the policy learns with the student's optimizer.
@@ -98,8 +99,8 @@ class RLKD(Method):
         gamma: Annotated[float, Field(ge=0, le=1)] = 0.5,
         baseline: Literal["episode", "moving", "none"] = "episode",
         memory: Annotated[float, Field(ge=0, lt=1)] = 0.9,
-        weights: Literal["shared", "each"] = "shared",
-        policy_rate: Annotated[float, Field(gt=0)] = 1.0,
+        weights: Literal["each", "shared"] = "each",
+        policy_rate: Annotated[float, Field(gt=0)] = 10.0,
     ) -> None:
         check_site("task_logits", student, None)
         if student.head != "classification" or student.labels == 1:

@@ -101,12 +101,12 @@ def case(options: dict[str, object], reference: Reference, set_up: Callable[[Met
 BOTH = ["second", "third"]
 
 CASES: dict[str, Case] = {
-    "rl_kd": case({}, rl_kd(0.5, 10, BOTH, "first", [2, 1, 0, 2, 2])),
-    "rl_kd for each": case({"weights": "each", "alpha": 0.3, "temperature": 2}, rl_kd(0.3, 2, BOTH, "first", [2, 1, 1, 1, 2])),
-    "rl_kd teachers alone": case({"semantic": "third", "alpha": 1}, rl_kd(1, 10, ["first", "second"], "third", [1, 2, 1, 2, 2])),
-    "rl_kd learned": case({"episode": 2, "policy_rate": 3}, rl_kd(0.5, 10, BOTH, "first", [1, 1, 0, 2, 2]), set_up=after(1, 2)),
+    "rl_kd": case({}, rl_kd(0.5, 10, BOTH, "first", [2, 1, 1, 1, 2])),
+    "rl_kd shared": case({"weights": "shared", "alpha": 0.3, "temperature": 2}, rl_kd(0.3, 2, BOTH, "first", [2, 1, 0, 2, 2])),
+    "rl_kd teachers alone": case({"semantic": "third", "alpha": 1}, rl_kd(1, 10, ["first", "second"], "third", [0, 1, 0, 2, 2])),
+    "rl_kd learned": case({"episode": 2, "policy_rate": 3}, rl_kd(0.5, 10, BOTH, "first", [2, 1, 1, 1, 2]), set_up=after(1, 2)),
     "rl_kd by accuracy": case(
-        {"episode": 1, "reward": 3, "baseline": "moving"}, rl_kd(0.5, 10, BOTH, "first", [2, 1, 0, 2, 2]), set_up=after(3, 1)
+        {"episode": 1, "reward": 3, "baseline": "moving"}, rl_kd(0.5, 10, BOTH, "first", [2, 1, 1, 1, 2]), set_up=after(3, 1)
     ),
 }
 
@@ -120,18 +120,18 @@ CHANGES: list[tuple[str, dict[str, object]]] = [
     ("rl_kd learned", {"baseline": "none"}),
     ("rl_kd by accuracy", {"baseline": "none"}),
     ("rl_kd by accuracy", {"memory": 0.1}),
-    ("rl_kd", {"weights": "each"}),
+    ("rl_kd", {"weights": "shared"}),
     ("rl_kd learned", {"policy_rate": 0.1}),
 ]
 
 MODELS = [
     ("rl_kd", {"semantic": "first"}, "bert", "classification"),
-    ("rl_kd", {"semantic": "second", "weights": "each"}, "llama", "classification"),
+    ("rl_kd", {"semantic": "second", "weights": "shared"}, "llama", "classification"),
 ]
 
 LIVE = [("rl_kd", "class", {"semantic": "first"}), ("rl_kd", "class", {"semantic": "second", "alpha": 1.0, "temperature": 2.0})]
 
 RUNS = [
     ("rl_kd", {"semantic": "small", "episode": 3, "policy_rate": 5.0}),
-    ("rl_kd", {"semantic": "small", "episode": 3, "policy_rate": 5.0, "reward": 2, "baseline": "moving", "weights": "each"}),
+    ("rl_kd", {"semantic": "small", "episode": 3, "policy_rate": 5.0, "reward": 2, "baseline": "moving", "weights": "shared"}),
 ]
