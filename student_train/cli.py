@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from store.errors import StoreError
+from student_train.plan_command import plan
 
 USAGE = 2
 """Exit code of anything a user can mend."""
@@ -194,6 +195,9 @@ def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ..
         click.echo(json.dumps(plain(names or tuple(METHODS), pair), indent=1))
         return
     click.echo("\n\n\n".join(page(name, pair) for name in names) if names else table(pair))
+
+
+program.add_command(plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
