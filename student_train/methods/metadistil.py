@@ -53,14 +53,14 @@ class MetaDistil(Method):
     1.0e-5, end: 0}``, and a quiz is all held-out rows or some batches of them; here it is one batch, as many rows as the step has. As
     there, the pilot step has dropout, the quiz and the teacher have none.
 
-    The teacher that trains is a copy, made when it is handed over: the loaded one stays as it is for metrics and other methods. Copy and
-    Adam's two moments are buffers, three times the teacher's weights on each rank and in each checkpoint (once more for each rank where
-    there are several). They never reach the exported student, and are gone when the phase is over. A step costs two more passes of the
-    student and four backward passes, one of them through another; attention runs without fused kernels there, which have no second
-    derivative. With accumulation, pilot step and quiz are those of a step's first micro-batch, and the other micro-batches learn from the
-    teacher that came of it.
+    The teacher that trains is a copy, made when it is handed over: the loaded one stays as it is for metrics and other methods. The copy
+    and Adam's two moments are buffers, on each rank and in each checkpoint (which has them once more for each rank where there are
+    several): three times the teacher's weights. They never reach the exported student, and are gone when the phase is over. A step costs
+    two more passes of the student, one more of the teacher, and three more backward passes, one of which goes through another; attention
+    runs without fused kernels there, which have no second derivative. With accumulation, pilot step and quiz are those of a step's first
+    micro-batch, and the other micro-batches learn from the teacher that came of it.
 
-    Refused: a teacher in parts or in half precision, a student in parts, and scores (one label), which have no softmax.
+    Refused: a teacher in parts or in half precision, a student under ZeRO-3, and scores (one label), which have no softmax.
     Terms ``soft`` (rows, groups or tokens), ``hard`` (those with a label) and ``patience`` (rows; sum over pairs, mean over width).
     """
 

@@ -107,7 +107,7 @@ class World:
         """Those of the rows to train on, means, from the paper."""
         kind, alpha, heat = self.kind, self.options.get("alpha", 0.5), self.options.get("temperature", 5.0)
         models = self.running(0, student), self.running(1, teacher)
-        logits, answers = (logits_of(model, kind.head, kind.train) for model in models)  # type: ignore[arg-type]
+        logits, answers = (logits_of(model, kind.head, kind.train) for model in models)
         losses = []
         for line, answer in zip(logits, answers, strict=True):
             p, q = torch.softmax(answer / heat, 0), torch.softmax(line / heat, 0)
@@ -131,7 +131,7 @@ class World:
         ahead = {
             name: weight if slope is None else weight - PILOT * slope for (name, weight), slope in zip(student.items(), slopes, strict=True)
         }
-        lines = logits_of(self.running(0, ahead), self.kind.head, self.kind.meta)  # type: ignore[arg-type]
+        lines = logits_of(self.running(0, ahead), self.kind.head, self.kind.meta)
         return torch.stack([hard(line, right) for line, right in zip(lines, self.kind.meta_right, strict=True)]).mean()
 
 
