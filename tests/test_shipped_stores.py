@@ -49,7 +49,7 @@ def test_shipped_dumps_hold_what_shipped_recipes_read(dumps: dict[str, DumpRecip
     folders = {name: recipe.teacher.model for name, recipe in dumps.items()}
     lines = needs([load_yaml(TrainRecipe, path) for path in recipes("phases")], folders)
     wanted = {document["pass_name"]: document for document in yaml.safe_load_all(lines)}
-    assert {"sst2", "second", "mlm", "words"} <= wanted.keys()
+    assert {"sst2", "second", "mlm", "words", "factual", "counterfactual"} <= wanted.keys()
     for name, document in wanted.items():
         recipe = dumps[name]
         described = of_config(recipe.teacher, load_config(recipe.teacher.model))
@@ -58,6 +58,7 @@ def test_shipped_dumps_hold_what_shipped_recipes_read(dumps: dict[str, DumpRecip
         keys = [FeatureKey.parse(text) for text in document["features"]]
         assert not uncovered(keys, kept.stored, kept.statics, described.shape, described.wiring), f"{name}: add them to its dump"
         assert document["store"] == str(recipe.store)
+        assert document.get("intervention") == (recipe.intervention and recipe.intervention.model_dump(mode="json"))
         assert set(document.get("ship_layers", ())) <= set(shipped_blocks(recipe.ship_layers, described.shape.layers))
 
 
