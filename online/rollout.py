@@ -194,8 +194,7 @@ class _Reader:
     """Word logits of another model for texts that grow by a word a time."""
 
     def __init__(self, loaded: LoadedModel, mask_BP: Tensor) -> None:
-        if isinstance(loaded.weights, Split):
-            raise ValueError("a teacher that is split by tensor parallelism cannot write along: all its ranks read the rows of one")
+        assert not isinstance(loaded.weights, Split), "all ranks of such a model read the rows of one"
         self._model: PreTrainedModel = loaded.model
         self._mask_BT = mask_BP
         self._cache = DynamicCache(config=loaded.model.config)

@@ -13,6 +13,7 @@ from torch import Tensor
 from online.batch import Batch, Features
 from online.models import LoadedModel
 from online.rollout import Writing, has_prompt
+from online.tensor_parallel import Split
 from store.shape import ModelShape
 from student_train.methods.base import Kind, Method, Stages, Terms
 from student_train.methods.divergences import mixture, of_tokens, reverse_kl
@@ -70,6 +71,10 @@ class MiniLLM(Method):
 
     def attach(self, teachers: Mapping[str, LoadedModel]) -> None:
         self.teacher = only(teachers)
+        if self.mix and isinstance(self.teacher.weights, Split):
+            raise ValueError(
+                "minillm: a teacher split by tensor parallelism cannot write along; expected sharding zero3, fsdp or none, or mix: 0"
+            )
 
     def rewrite(self, batch: Batch, student: LoadedModel) -> Batch:
         if not has_prompt(batch).any():
@@ -85,6 +90,8 @@ class MiniLLM(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         logits_NV, target_NV = (vectors(side, LOGITS, batch)[:, : self.shared] for side in (student, teacher))
         counted_N = has_prompt(batch)[:, None].expand_as(batch.mask)[batch.labelled].float()
+        if not counted_N.any():
+            return dict.fromkeys(("single", "long"), logits_NV[:0].sum())  # nothing, still differentiable
         log_q_N, log_p_N = (word_log_probs(logits, batch) for logits in (logits_NV, target_NV))
         reward_N = (log_p_N - log_q_N).detach()
         later_N = later(reward_N, batch, self.length_norm)

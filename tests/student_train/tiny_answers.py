@@ -29,10 +29,10 @@ WORDS = ["<pad>", "<unk>", "<eos>", *(f"w{number}" for number in range(21))]
 QUIET = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1, "learning_rate": 1e-3}
 
 
-def llama(vocabulary: int = len(WORDS), **sizes: int) -> PreTrainedConfig:
+def llama(vocabulary: int = len(WORDS), positions: int = 64, **sizes: int) -> PreTrainedConfig:
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     return LlamaConfig(
-        **{**small, **sizes}, vocab_size=vocabulary, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2
+        **{**small, **sizes}, vocab_size=vocabulary, max_position_embeddings=positions, pad_token_id=0, bos_token_id=None, eos_token_id=2
     )
 
 
