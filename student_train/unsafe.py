@@ -42,6 +42,6 @@ def _reason(zero: Zero, method: Method) -> str:
         return "takes the gradient of its perturbation by itself, before ZeRO-3 has let go of the weights (perturbation: false does without)"
     if kind.takes_gradients:
         return "takes gradients in all weights of the student by itself, and a rank of ZeRO-3 lacks most of them"
-    if kind.rewrites:
+    if method.rewrites:
         return "lets the student write rows, which takes all of its weights on every rank for as long as it writes"
     return ""
