@@ -3,9 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from transformers import TrainingArguments
 
 from store.strict import did_you_mean
@@ -58,8 +60,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The arguments of a run of ``steps`` optimiser steps whose items are micro-batches (one item is one "example").
 
-    ``epoch_steps`` is how many steps go once through the data: the loop itself knows one epoch, the whole run. ``every_backward``: ranks sum
-    up gradients after each micro-batch, as ZeRO does.
+    ``epoch_steps`` is how many steps go once through the data: the loop itself knows one epoch, the whole run. ``every_backward``:
+    ranks sum up gradients after each micro-batch, as ZeRO does.
 
     Raises:
         ValueError: an argument is unknown, has no effect here, is set by another field (named in the message), or has the wrong type.
@@ -107,6 +109,10 @@ def training_arguments(
     if every_backward:
         ours["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     try:
+        if chosen["use_cpu"] and "RANK" in os.environ and not dist.is_initialized():
+            # or its ranks would wait for each other for half an hour, whatever ddp_timeout says
+            seconds = float(str(chosen.get("ddp_timeout", fields["ddp_timeout"].default)))
+            dist.init_process_group(str(chosen.get("ddp_backend") or "gloo"), timeout=timedelta(seconds=seconds))
         args = TrainingArguments(**chosen, **ours)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"{where}: trainer: {error}") from None

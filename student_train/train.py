@@ -23,6 +23,7 @@ from student_train.arguments import checkpoints_student, fixed_on_resume, traini
 from student_train.bundle import Bundle
 from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
+from student_train.lost import ending_together
 from student_train.moment import Moment
 from student_train.output import CHECKPOINTS
 from student_train.patience import out_of_patience
@@ -122,13 +123,14 @@ def train(
         trainer.journal = Journal(output / "metrics.jsonl", step)
     set_seed(seed + ranks.number)  # every rank its own dropout
     try:
-        _run(trainer, resumed)
+        with ending_together(ranks.count):
+            _run(trainer, resumed)
+            if trainer.engine is not None:
+                trainer.engine.end()
+            trainer.use_best_weights()
     finally:
         progress.close()
         lending.forget()
-    if trainer.engine is not None:
-        trainer.engine.end()
-    trainer.use_best_weights()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     bundle.eval()
     state = trainer.state
