@@ -162,6 +162,19 @@ def test_dropout_of_written_attention_is_that_of_eager_attention(tiny_model: Bui
     assert torch.equal(found[batch.mask], expected[batch.mask])
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_rows_without_padding_for_which_sdpa_leaves_the_mask_out_attend_as_before(name: str, tiny_model: Build, lay_out: LayOut) -> None:
+    loaded, batch = LoadedModel.of(tiny_model(name, "base", "sdpa"), "base"), lay_out("right")[0]
+    full = Batch(batch.rows[:1], batch.input_ids[:1, :11], batch.mask[:1, :11], None, None, None, None, None, batch.groups[:1])
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected = forward(loaded, full).last_hidden_state
+        with written(loaded, attention_probs_1=lambda x: seen.append(x) or x, attention_scores_2=torch.clone):  # type: ignore[func-returns-value]
+            found = forward(loaded, full).last_hidden_state
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert bool((seen[0].triu(1) == 0).all()) == (name == "llama")
+
+
 def test_half_precision_sites_are_written_in_it(tiny_model: Build, lay_out: LayOut) -> None:
     loaded, batch = LoadedModel.of(tiny_model("llama", "base", "sdpa").bfloat16(), "base"), lay_out("packed")[0]
     seen: list[Tensor] = []
