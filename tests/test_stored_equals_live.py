@@ -33,11 +33,13 @@ from online.planner import Units
 from online.teacher import LiveTeacher
 from store.errors import MissingFeature
 from store.features import FeatureKey
+from store.intervention import Intervention
 from store.reader import Store
 from store.shape import Head, ModelShape
 from store.strict import parse
 from student_train.bundle import Bundle
 from student_train.methods import METHODS, parse_method
+from student_train.methods.base import Method
 from student_train.recipe import MethodSpec
 from student_train.step import Survey
 from student_train.teacher import StoredTeacher
@@ -73,6 +75,7 @@ def qwen(**sizes: int) -> PreTrainedConfig:
 LABELS = {"label": {"column": "label", "classes": ["a", "b", "c"]}, "domain": {"column": "genre", "classes": ["x", "y", "z"]}}
 SETTINGS = {
     "mlm": Setting("masked_lm", BertConfig, {"objective": "mlm", "mask_probability": 0.4}),
+    "pairs": Setting("masked_lm", BertConfig, {"objective": "mlm", "interchange": {"share": 0.5}}),
     "modern": Setting("masked_lm", lambda **sizes: ModernBertConfig(**sizes, local_attention=6), {"objective": "mlm"}),
     "class": Setting("classification", BertConfig, {**LABELS, "slot_tokens": 1024}, 1024, 17),
     "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
@@ -135,35 +138,41 @@ class Lab:
     def __post_init__(self) -> None:
         self.loaded = load_model(ModelSpec(model=self.teacher, head=self.head))
         self.shape = self.loaded.shape
-        self.passes: dict[tuple[frozenset[FeatureKey], str], str] = {}
+        self.passes: dict[tuple[frozenset[FeatureKey], str, Intervention | None], str] = {}
         build_rows(self.recipe("none", ()), ("test",))
         self.store = self.reopened()
 
-    def recipe(self, pass_name: str, features: Iterable[FeatureKey], kept: str = "float32") -> DumpRecipe:
+    def recipe(
+        self, pass_name: str, features: Iterable[FeatureKey], kept: str = "float32", written: Intervention | None = None
+    ) -> DumpRecipe:
         tree = {
             "store": str(self.folder / "store"), "pass_name": pass_name, **KEPT[kept], "batch_tokens": self.batch_tokens, "device": "cpu",
             "teacher": {"model": str(self.teacher), "head": self.head}, "rows": self.rows, "features": sorted(map(str, features)),
+            "intervention": None if written is None else written.model_dump(),
         }  # fmt: skip
         return parse(DumpRecipe, tree, "test")
 
-    def dump(self, wanted: frozenset[FeatureKey], kept: str = "float32") -> StoredTeacher:
+    def dump(self, wanted: frozenset[FeatureKey], kept: str = "float32", written: Intervention | None = None) -> StoredTeacher:
         """The stored teacher for ``wanted``, after its dump."""
-        if (wanted, kept) not in self.passes:
-            name = self.passes[wanted, kept] = f"pass-{len(self.passes)}"
-            dump(self.recipe(name, wanted, kept), ("test",))
-        return StoredTeacher(self.folder / "store", self.passes[wanted, kept], wanted)
+        if (wanted, kept, written) not in self.passes:
+            name = self.passes[wanted, kept, written] = f"pass-{len(self.passes)}"
+            dump(self.recipe(name, wanted, kept, written), ("test",))
+        return StoredTeacher(self.folder / "store", self.passes[wanted, kept, written], wanted)
 
-    def live(self, wanted: frozenset[FeatureKey]) -> LiveTeacher:
-        return LiveTeacher(self.loaded, wanted, Units.average(self.store.rows))
+    def live(self, wanted: frozenset[FeatureKey], written: Intervention | None = None) -> LiveTeacher:
+        return LiveTeacher(self.loaded, wanted, Units.average(self.store.rows), written)
 
     def reopened(self) -> Store:
         """The store with all passes dumped so far."""
         return Store.open(self.folder / "store")
 
     def some_rows(self, padded: int | None) -> NDArray[np.int64]:
-        """A batch of rows of one padded length, or of any, in random order."""
-        rows = np.random.default_rng(3).permutation(len(self.store.rows))
-        return np.array([row for row in rows if padded in (None, bucket(int(self.store.rows.columns.length[row])))][: self.batch_rows])
+        """A batch of rows of one padded length, or of any, in random order; whole pairs where rows stand in pairs."""
+        together = 2 if self.store.manifest.rows.paired else 1
+        groups = np.random.default_rng(3).permutation(len(self.store.rows) // together)[:, None] * together + np.arange(together)
+        lengths = self.store.rows.columns.length[groups].max(1)
+        chosen = [group for group, length in zip(groups, lengths, strict=True) if padded in (None, bucket(int(length)))]
+        return np.concatenate(chosen[: self.batch_rows // together])
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +197,12 @@ def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
     return lab
 
 
-def both(lab: Lab, wanted: frozenset[FeatureKey], rows: NDArray[np.int64], kept: str = "float32") -> tuple[Batch, Features, Features]:
+def both(
+    lab: Lab, wanted: frozenset[FeatureKey], rows: NDArray[np.int64], kept: str = "float32", written: Intervention | None = None
+) -> tuple[Batch, Features, Features]:
     """A batch, and what store and model answer for it."""
-    stored = lab.dump(wanted, kept)
-    live, batch = lab.live(wanted), collate(lab.store, rows)
+    stored = lab.dump(wanted, kept, written)
+    live, batch = lab.live(wanted, written), collate(lab.store, rows)
     return batch, stored.features(batch, stored.fetch(rows)), live.features(batch, live.fetch(rows))
 
 
@@ -254,7 +265,7 @@ def test_half_precision_is_within_its_declared_error_and_derived_errors_are_of_t
     lab = labs("mlm")
     _, stored, live = both(lab, keys(EVERYWHERE), lab.some_rows(32), dtype)
     teacher = lab.dump(keys(EVERYWHERE), dtype)
-    info = lab.reopened().manifest.passes[lab.passes[keys(EVERYWHERE), dtype]]
+    info = lab.reopened().manifest.passes[lab.passes[keys(EVERYWHERE), dtype, None]]
     error = {spec.feature: spec.error for spec in info.features}
     assert set(error.values()) == {2.0**-11 if dtype == "float16" else 2.0**-8}
     assert teacher.shape == lab.live(keys(EVERYWHERE)).shape
@@ -271,7 +282,7 @@ def test_compressed_features_are_equal_to_the_bit(labs: Callable[[str], Lab]) ->
     lab = labs("causal")
     wanted = keys(("hidden.2", "attention_probs.3", "value.3", "lm_logits@labels:top8"))
     _, stored, live = both(lab, wanted, lab.some_rows(32), "compressed")
-    info = lab.reopened().manifest.passes[lab.passes[wanted, "compressed"]]
+    info = lab.reopened().manifest.passes[lab.passes[wanted, "compressed", None]]
     assert all(spec.compressed and spec.exact for spec in info.features)
     for key in wanted:
         assert all(torch.equal(*pair) for pair in zip(tensors(stored[key]), tensors(live[key]), strict=True)), key
@@ -289,7 +300,7 @@ def test_what_a_method_is_taught_is_within_the_declared_and_the_measured_errors(
     wanted = parse_method(method, {}, LoadedModel.of(lab.student(), lab.head).shape, lab.shape).teacher_keys
     rows = lab.some_rows(32)
     batch, stored, live = both(lab, wanted, rows, kept)
-    passed = lab.passes[wanted, kept]
+    passed = lab.passes[wanted, kept, None]
     specs = {spec.feature: spec for spec in lab.reopened().manifest.passes[passed].features}
     measured = read_errors(lab.folder / "store", passed)
     assert any(not spec.exact for spec in specs.values())
@@ -316,7 +327,7 @@ def test_a_store_answers_when_the_teacher_is_gone(labs: Callable[[str], Lab], tm
     expected = stored.features(batch, stored.fetch(rows))
     lab.teacher.rename(lab.folder / "gone")
     try:
-        again = StoredTeacher(lab.reopened(), lab.passes[keys(ATTENTION), "float32"], keys(ATTENTION))
+        again = StoredTeacher(lab.reopened(), lab.passes[keys(ATTENTION), "float32", None], keys(ATTENTION))
         found = again.features(batch, pickle.loads(pickle.dumps(again)).fetch(rows))
     finally:
         (lab.folder / "gone").rename(lab.teacher)
@@ -353,8 +364,15 @@ def shapes(lab: Lab, method: str) -> ModelShape | dict[str, ModelShape]:
     return {"first": lab.shape, "second": lab.shape} if METHODS[method].several else lab.shape
 
 
-def for_all(method: str, features: Features) -> Features:
-    return {key.of(name): value for key, value in features.items() for name in ("first", "second")} if METHODS[method].several else features
+def of_teachers(lab: Lab, made: Method, rows: NDArray[np.int64]) -> tuple[Batch, Features, Features]:
+    """A batch, and what store and model answer for it as each of the teachers."""
+    stored, live = Features(), Features()
+    for name in ("first", "second") if made.several else ("",):
+        wanted = frozenset(key.of("") for key in made.teacher_keys if key.pass_name == name)
+        batch, *answers = both(lab, wanted, rows, written=made.interventions.get(name))
+        for features, of_one in zip((stored, live), answers, strict=True):
+            features.update({key.of(name): value for key, value in of_one.items()})
+    return batch, stored, live
 
 
 @pytest.mark.parametrize(
@@ -366,10 +384,9 @@ def test_loss_and_gradients_from_a_store_are_those_of_the_live_teacher(
 ) -> None:
     lab = labs(name)
     made = parse_method(method, options, LoadedModel.of(lab.student(), lab.head).shape, shapes(lab, method))
-    wanted = frozenset(key.of("") for key in made.teacher_keys)
     rows = lab.some_rows(32 if padding == "equal" else None)
-    batch, stored, live = both(lab, wanted, rows)
-    found, expected = (learned(lab, method, options, batch, for_all(method, features)) for features in (stored, live))
+    batch, stored, live = of_teachers(lab, made, rows)
+    found, expected = (learned(lab, method, options, batch, features) for features in (stored, live))
     assert len(found) == len(expected) > (1 if made.student_keys == frozenset() else 8)
     assert float(expected[0]) > 0
     for one, other in zip(found, expected, strict=True):
@@ -404,7 +421,7 @@ def test_a_real_teacher_teaches_the_same_from_a_store_as_live(shared: Path, tmp_
 def test_a_feature_that_is_missing_prints_the_recipe_lines_that_would_hold_it(labs: Callable[[str], Lab]) -> None:
     lab = labs("mlm")
     lab.dump(keys(["attention_probs.4"]))
-    name = lab.passes[keys(["attention_probs.4"]), "float32"]
+    name = lab.passes[keys(["attention_probs.4"]), "float32", None]
     StoredTeacher(lab.reopened(), name, keys(["attention_scores.4", "query.4", "hidden.3@first"]))
     with pytest.raises(MissingFeature) as caught:
         StoredTeacher(lab.reopened(), name, keys(["attention_scores.4", "value.4", "lm_logits@labels"]))

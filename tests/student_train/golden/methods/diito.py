@@ -93,6 +93,10 @@ CASES = {
         diito([1], 2.0, (0, 1), (0, 0.25, 0.25), [0, 2, 4]),
     ),
 }
+LIVE = [
+    ("diito", "pairs", NAMES | {"alpha_causal_cos": 0.5}),
+    ("diito", "pairs", NAMES | {"layers": [[1, 4], [2, 1], [2, [2, 3]]], "alpha_ce": 0, "crossway": False}),
+]
 CHANGES = [
     ("diito", {"layers": [[1, 2]]}),
     ("diito", {"temperature": 1.0}),
