@@ -1,8 +1,9 @@
-"""Small runs with a teacher that is right, one that misleads, and a reader of rows; imported by path.
+"""Small runs with a teacher that is right, one that misleads, and a reader of rows; a script for torchrun, imported by path by others.
 
 The rows are those of tiny_domains without a foreign domain, with right labels.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -98,3 +99,16 @@ def run(bundle: Bundle, method: Method, path: Path, output: Path, seed: int = 3,
         meta, changes["meta"] = Source(store, None, "dev"), {"store": str(path), "split": "dev"}
     plan = phase(["good"], [bundle.specs[name] for name in bundle.methods], **changes)
     return train(bundle, [Source(store, teachers(method, store))], plan, output, seed, None, meta)
+
+
+def main(runs: str) -> None:
+    """Train once for each of ``runs``, a JSON list of methods and their arguments."""
+    torch.set_num_threads(1)
+    for options in json.loads(runs):
+        spec, store = MethodSpec.model_validate(options.pop("method")), Path(options.pop("store"))
+        bundle, method = build(spec, store)
+        run(bundle, method, store, Path(options.pop("output")), **options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
