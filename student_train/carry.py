@@ -14,7 +14,7 @@ from student_train.output import phase_folder
 from student_train.recipe import TrainRecipe
 
 FILE = "methods.safetensors"
-"""In a phase's folder: the parameters of its methods, ``<method>.<parameter>``; absent where they have none."""
+"""In a phase's folder: the parameters of its methods, and their learned buffers, ``<method>.<parameter>``; absent where they have none."""
 
 
 def keep(bundle: Bundle, folder: Path) -> int | None:
