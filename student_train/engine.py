@@ -15,7 +15,7 @@ from online.zero3 import library
 from student_train import checkpoint
 from student_train.bundle import Bundle
 from student_train.gradients import STILL
-from student_train.use import Use, check_constant, check_used, cut_groups
+from student_train.use import Use, check_constant, check_steady, check_used, cut_groups
 from student_train.zero import Zero, configuration
 
 
@@ -43,6 +43,8 @@ class Engine:
         self._weights = [name for name, _ in bundle.named_parameters()]
         self._names = _names(optimizer, bundle)
         self._use = Use(bundle.parameters())
+        self._passes: list[list[int]] = []
+        """The weights that got gradients in each backward pass since the last step."""
         self.model: Any = deepspeed.initialize(model=bundle, optimizer=optimizer, config=configuration(zero, bundle, args))[0]
         """What runs forward passes."""
         self._kept: list[tuple[Tensor, Tensor | None]] = []
@@ -59,6 +61,7 @@ class Engine:
         """Add the gradients of a micro-batch, averaged over ranks; ``last`` says that a step follows."""
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss, scale_wrt_gas=False)
+        self._passes.append(self._use.taken())
 
     def step(self) -> None:
         """Clip the gradients and move the weights, all ranks together; groups without gradient stand still, and those that are told to.
@@ -66,14 +69,10 @@ class Engine:
         Raises:
             ValueError: before any weight moves, on all ranks: this engine would move one that got no gradient.
         """
-        order = self._use.taken()
-        used = check_used(order, self._names, self._weights, self._ranks, self.model.global_steps + 1)
-        if self._steady is not None and self._steady != set(order):
-            other = self._weights[min(self._steady ^ set(order))]
-            raise ValueError(
-                f"zero: stage 3: this step learns other weights than the first ones did ({other}), and ZeRO-3 would move some by the "
-                "gradient of an earlier step; nothing of this step is kept; give zero a stage of 1 or 2, or leave zero out (DDP)"
-            )
+        passes, self._passes, step = self._passes, [], self.model.global_steps + 1
+        used = check_used(passes, self._names, self._weights, self._ranks, step)
+        if self._steady is not None:  # each pass: what the first one leaves out, later ones would add to an old gradient
+            check_steady(passes, self._steady, self._weights, step)
         for group, moves in zip(self.param_groups, used, strict=True):
             group[STILL] = group.get(STILL, False) or not moves
         self.model.step()
@@ -117,6 +116,7 @@ class Engine:
         saved = torch.load(folder / _file(self._rank), map_location="cpu", weights_only=True)
         if saved["names"] != self._names:
             raise ValueError(f"{folder} was made with other parameter groups than this run's: give another output folder")
+        self.model.global_steps = checkpoint.step_of(folder)
         for group, known in zip(self.param_groups, saved["groups"], strict=True):
             group.update(known)
         for part, state in zip(self._parts, saved["states"], strict=True):

@@ -26,9 +26,10 @@ LOOKS = 5
 
 
 class Use:
-    """The weights that get a gradient, in the order in which they do."""
+    """The weights that get a gradient, in the order in which they do; ``drop`` lets go of each gradient at once."""
 
-    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter], *, drop: bool = False) -> None:
+        self._drop = drop
         self._order: list[int] = []
         self._handles = [
             weight.register_post_accumulate_grad_hook(partial(self._note, number))
@@ -36,8 +37,10 @@ class Use:
             if weight.requires_grad
         ]
 
-    def _note(self, number: int, _weight: torch.Tensor) -> None:
+    def _note(self, number: int, weight: torch.Tensor) -> None:
         self._order.append(number)
+        if self._drop:
+            weight.grad = None
 
     def taken(self) -> list[int]:
         """Numbers of the weights since the last call."""
@@ -55,10 +58,10 @@ def looked(
 ) -> list[frozenset[int]]:
     """Which weights of ``bundle`` (numbers in the order of its parameters) the first rows of each source use, at moments all over the run.
 
-    Nothing is left of it: no gradient, no change of a buffer, no random number drawn.
+    Nothing is left of it: no change of a buffer, no random number drawn, and no gradient, of which there is never more than one.
     """
     kept = [(buffer, buffer.clone()) for buffer in bundle.buffers()]
-    found, training, use = [], bundle.training, Use(bundle.parameters())
+    found, training, use = [], bundle.training, Use(bundle.parameters(), drop=True)
     firsts = [written(data[number]).to(device) for number in data.firsts()]
     bundle.train()
     with random_state_kept():
@@ -69,7 +72,6 @@ def looked(
             for item in firsts:
                 _backward(bundle, data, item)
                 found.append(frozenset(use.taken()))
-                bundle.zero_grad(set_to_none=True)
     use.end()
     bundle.train(training)
     with torch.no_grad():
@@ -126,20 +128,36 @@ def check_constant(bundle: Bundle, looks: Sequence[frozenset[int]]) -> None:
         )
 
 
-def check_used(order: Sequence[int], groups: Sequence[Sequence[str]], names: Sequence[str], ranks: Ranks, step: int) -> list[bool]:
-    """Which ``groups`` of weights a step has used, where ``order`` says which of ``names`` got gradients on this rank; a collective.
+def check_steady(passes: Sequence[Sequence[int]], steady: frozenset[int], names: Sequence[str], step: int) -> None:
+    """Refuse a step of which a backward pass uses other weights than ``steady``, those of all steps.
+
+    Raises:
+        ValueError: names one.
+    """
+    for numbers in passes:
+        if other := steady.symmetric_difference(numbers):
+            raise ValueError(
+                f"zero: stage 3: step {step} learns other weights than the first ones did ({names[min(other)]}), and ZeRO-3 would move "
+                "some by the gradient of an earlier step; nothing of this step is kept; give zero a stage of 1 or 2, or leave it out (DDP)"
+            )
+
+
+def check_used(
+    passes: Sequence[Sequence[int]], groups: Sequence[Sequence[str]], names: Sequence[str], ranks: Ranks, step: int
+) -> list[bool]:
+    """Which ``groups`` of weights a step has used, where ``passes`` says which of ``names`` got gradients on this rank; a collective.
 
     Raises:
         ValueError: on every rank, where the ranks have gone different ways, or a group is used in part.
     """
-    way = zlib.crc32(repr(list(order)).encode())
+    way = zlib.crc32(repr([list(numbers) for numbers in passes]).encode())
     most, least = ranks.largest([way, -way])
     if most != -least:
         raise ValueError(
             f"step {step}: ranks went backward through different weights (this is rank {ranks.number}), and what they summed up is of no "
             "use; nothing of this step is kept; leave zero out (DDP), which allows that"
         )
-    used = {names[number] for number in order}
+    used = {names[number] for numbers in passes for number in numbers}
     found = []
     for group in groups:
         idle = [name for name in group if name not in used]

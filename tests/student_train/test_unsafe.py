@@ -17,7 +17,7 @@ from student_train.methods import parse_method
 from student_train.micro_batch import MicroBatch
 from student_train.recipe import MethodSpec
 from student_train.unsafe import check_zero
-from student_train.use import check_constant, check_used, cut_groups, looked
+from student_train.use import check_constant, check_steady, check_used, cut_groups, looked
 from student_train.zero import Zero, check_launch
 
 HID = MethodSpec(name="hid_seq", options={"layers": [[1, 2]]})
@@ -159,9 +159,16 @@ def test_a_run_whose_steps_use_different_weights_is_refused_where_that_is_not_al
 
 def test_a_group_is_used_as_a_whole_or_not_at_all() -> None:
     names, groups, ranks = ["a", "b", "c", "d"], [["a", "b"], ["c"], ["d"]], Ranks(60)
-    assert check_used([3, 1, 0], groups, names, ranks, 7) == [True, False, True]
-    assert check_used([], groups, names, ranks, 7) == [False, False, False]
+    assert check_used([[3, 1], [1, 0]], groups, names, ranks, 7) == [True, False, True]
+    assert check_used([[]], groups, names, ranks, 7) == [False, False, False]
     with pytest.raises(
-        ValueError, match=r"step 7: b got a gradient and a did not, .* nothing of this step is kept; leave zero out \(DDP\)"
+        ValueError, match=r"step 7: b got a gradient and a did not, .* nothing of this step is kept; leave zero out"
     ):
-        check_used([1, 2], groups, names, ranks, 7)
+        check_used([[1, 2]], groups, names, ranks, 7)
+
+
+def test_every_backward_pass_must_use_the_same_weights_where_an_old_gradient_would_be_added_to() -> None:
+    check_steady([[2, 0], [0, 2]], frozenset({0, 2}), ["a", "b", "c"], 7)
+    for passes in ([[0, 2], [0]], [[0], [0, 2]], [[0, 1, 2]]):
+        with pytest.raises(ValueError, match=r"step 7 learns other weights than the first ones did \([bc]\).* give zero a stage of 1 or 2"):
+            check_steady(passes, frozenset({0, 2}), ["a", "b", "c"], 7)
