@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -140,3 +141,26 @@ def test_a_dummy_of_a_sharded_teacher_has_its_partner(recipe: Tree, write: Calla
     assert len(members) == 2
     assert collate(store, members).interchange is not None
     assert store.rows.at(members).length.min() == store.rows.at(store.rows.rows_of(0)).length.min()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["zero3", "fsdp", "tp"])
+def test_a_sharded_teacher_makes_the_store_of_one_rank(
+    kind: str, recipe: Tree, write: Callable[[Tree], Path], teacher_dump: Run, tmp_path: Path
+) -> None:
+    # few shards, of which the ranks have unequally many: one answers dummies meanwhile
+    rows = {**recipe["rows"], "slot_tokens": 640}
+    features = ["hidden.*@all", "attention_probs.2", "lm_logits@labels"]
+    made = write({**recipe, "rows": rows, "features": features, "batch_tokens": 64})
+    job = jobs.start(made, 2, tmp_path / "said", [f"store={tmp_path / 'sharded'}", f"sharding.kind={kind}", "sharding.size=2"], replica=2)
+    assert job.codes() == [0, 0], job.said()
+    assert teacher_dump("run", made, f"store={tmp_path / 'alone'}").code == 0
+    stores = [Store.open(tmp_path / name) for name in ("sharded", "alone")]
+    infos = [store.manifest.passes["bert"].model_dump(exclude={"made"}) for store in stores]
+    assert infos[0] == infos[1]
+    assert stores[0].manifest.rows.slots == 3
+    every = np.arange(len(stores[0].rows))
+    for spec in stores[1].manifest.passes["bert"].features:
+        found, expected = (store.read(spec.feature.of("bert"), every)[""] for store in stores)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=spec.key)
