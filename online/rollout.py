@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -164,6 +165,37 @@ def answered(batch: Batch, ids_BT: Tensor, prompts_B: Tensor, totals_B: Tensor, 
         groups=batch.groups,
         domains=batch.domains,
         written=torch.ones_like(batch.rows, dtype=torch.bool),
+    )
+
+
+def side_by_side(given: Batch, written: Batch, pad: int) -> Batch:
+    """[2B] the rows of ``given``, each followed by the one of ``written`` that has its prompt."""
+    longest = max(given.mask.shape[1], written.mask.shape[1])
+
+    def longer(values: Tensor, fill: int | bool) -> Tensor:
+        return F.pad(values, (0, longest - values.shape[1]), value=fill)
+
+    def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if one is None or other is None else torch.stack([one, other], 1).flatten(0, 1)
+
+    def padded(name: str, fill: int | bool) -> Tensor:
+        joined = both(longer(getattr(given, name), fill), longer(getattr(written, name), fill))
+        assert joined is not None
+        return joined
+
+    own_B = torch.ones_like(given.rows, dtype=torch.bool)
+    return Batch(
+        rows=given.rows.repeat_interleave(2),
+        input_ids=padded("input_ids", pad),
+        mask=padded("mask", False),
+        segments=None,
+        documents=None,
+        position_ids=None,
+        token_labels=padded("token_labels", IGNORED),
+        row_labels=both(given.row_labels, written.row_labels),
+        groups=given.groups.repeat_interleave(2),
+        domains=both(given.domains, written.domains),
+        written=both(~own_B, own_B),
     )
 
 

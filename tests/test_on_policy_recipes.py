@@ -32,5 +32,5 @@ def test_recipes_train_three_steps(tmp_path: Path, run_program: Callable[..., st
     for command in commands:
         changed = [word.replace("data/corpus/wikipedia_train.parquet", "data/answers/train.jsonl") for word in command[1:]]
         run_program(tmp_path, "teacher_dump", *changed)
-    for name in ("gkd", "minillm", "distillm"):
+    for name in ("gkd", "minillm", "distillm", "distillm2"):
         run_program(tmp_path, "student_train", "run", f"recipes/online/{name}.yaml", "--smoke")

@@ -21,6 +21,7 @@ from student_train.methods.dgkd import DGKD
 from student_train.methods.diito import DIITO
 from student_train.methods.distilbert import DistilBERT
 from student_train.methods.distillm import DistiLLM
+from student_train.methods.distillm2 import DistiLLM2
 from student_train.methods.fsp import FSP
 from student_train.methods.gkd import GKD
 from student_train.methods.hid_cls import HidCLS
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
     "gkd": GKD,
     "minillm": MiniLLM,
     "distillm": DistiLLM,
+    "distillm2": DistiLLM2,
     "hid_cls": HidCLS,
     "hid_seq": HidSeq,
     "marginal_utility": MarginalUtility,

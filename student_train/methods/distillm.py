@@ -15,14 +15,13 @@ from torch import Tensor
 from online.batch import Batch, Features, bucket, dense
 from online.models import LoadedModel
 from online.rollout import Writing, answered, has_prompt, prompt_lengths
-from online.rows import pad_id
 from store.shape import ModelShape
 from student_train.gather import gathered, summed
 from student_train.methods.base import Kind, Method, Stages, Temperature, Terms
 from student_train.methods.divergences import of_tokens, skew_forward, skew_reverse
 from student_train.methods.losses import unit_count, vectors
 from student_train.methods.minillm import word_log_probs
-from student_train.methods.writing import LOGITS, check_writers, only, written
+from student_train.methods.writing import LOGITS, check_writers, only, padding, written
 from student_train.schedule import Scheduled, check_range
 from student_train.step import Step, run
 
@@ -113,7 +112,7 @@ class DistiLLM(Method):
             return batch
         assert self.teacher is not None
         if responses == "kept":
-            return self._replayed(batch, 0 if self.teacher.tokenizer is None else pad_id(self.teacher.tokenizer))
+            return self._replayed(batch, padding(self.teacher))
         fresh = written(batch, student, self.teacher, Writing(self.max_new_tokens, self.now(self.temperature), self.shared), self.moment)
         self._keep(fresh)
         return fresh

@@ -12,6 +12,7 @@ from torch import Tensor
 from online.batch import Batch
 from online.models import LoadedModel
 from online.rollout import Writing, end_tokens, roll_out
+from online.rows import pad_id
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import check_site
@@ -35,6 +36,11 @@ def only(teachers: Mapping[str, LoadedModel]) -> LoadedModel:
     """The one teacher that a method is attached to."""
     (teacher,) = teachers.values()
     return teacher
+
+
+def padding(teacher: LoadedModel) -> int:
+    """The id that fills rows."""
+    return 0 if teacher.tokenizer is None else pad_id(teacher.tokenizer)
 
 
 def written(batch: Batch, student: LoadedModel, teacher: LoadedModel, writing: Writing, moment: Moment) -> Batch:

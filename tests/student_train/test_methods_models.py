@@ -71,7 +71,8 @@ def make_batch(head: Head, family: str) -> Batch:
     segments = torch.zeros_like(ids) if family == "bert" else None
     row_labels = torch.tensor([0, 1, 1, 0]) if head == "multiple_choice" else labels
     groups, domains = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 2, 0])
-    return Batch(torch.arange(4), ids, mask, segments, None, None, token_labels, row_labels, groups, domains)
+    written = torch.tensor([False, True, False, False]) if head == "causal_lm" else None
+    return Batch(torch.arange(4), ids, mask, segments, None, None, token_labels, row_labels, groups, domains, written=written)
 
 
 def longer(batch: Batch) -> Batch:

@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "minillm": {"max_new_tokens": 6},
     "minillm unmixed": {"max_new_tokens": 5, "mix": 0.0},
     "distillm": {"share": 0.9, "capacity": 20, "longest": 24, "max_new_tokens": 6},
+    "distillm2": {"max_new_tokens": 6},
     "distillm adaptive": {"every": 1, "capacity": 20, "longest": 24, "max_new_tokens": 6},
 }
 
@@ -169,19 +170,44 @@ def test_labels_are_learned_from_rows_as_they_are_and_never_from_written_ones(bu
         assert prompt_lengths(rows).tolist() == prompt_lengths(batch).tolist()
 
 
-@pytest.mark.parametrize("name", ["gkd", "minillm", "distillm"])
+def test_given_and_written_responses_stand_side_by_side(bundle_of: Callable[..., Bundle], folder: Path) -> None:
+    batch = collate(Store.open(folder / "store"), np.arange(6))
+    bundle = bundle_of(("distillm2", {"max_new_tokens": 30}), ("lm_loss", {}))
+    rows = bundle.rewrite(batch)
+    assert rows.written is not None
+    assert rows.written.tolist() == [False, True] * 6
+    assert rows.rows.tolist() == [row for row in batch.rows.tolist() for _ in range(2)]
+    assert rows.groups.tolist() == [group for group in batch.groups.tolist() for _ in range(2)]
+    prompts, lengths = prompt_lengths(rows).tolist(), rows.lengths.tolist()
+    assert batch.token_labels is not None
+    assert rows.token_labels is not None
+    for row, prompt in enumerate(prompt_lengths(batch).tolist()):
+        length = int(batch.lengths[row])
+        assert prompts[2 * row : 2 * row + 2] == [prompt, prompt]
+        assert lengths[2 * row] == length
+        for of in ("input_ids", "token_labels"):
+            assert torch.equal(getattr(rows, of)[2 * row, :length], getattr(batch, of)[row, :length])
+        assert torch.equal(rows.input_ids[2 * row + 1, :prompt], batch.input_ids[row, :prompt])
+        assert (rows.token_labels[2 * row : 2 * row + 2, max(lengths[2 * row : 2 * row + 2]) :] == -100).all()
+    counts = bundle.counts(rows, True)
+    assert counts == {"distillm2/given": int(batch.labelled.sum()), "distillm2/written": int(rows.labelled[1::2].sum())}
+
+
+@pytest.mark.parametrize("name", ["gkd", "minillm", "distillm", "distillm2"])
 def test_plain_text_stays_as_it_is(name: str, bundle_of: Callable[..., Bundle], folder: Path) -> None:
     batch = collate(Store.open(folder / "store"), np.arange(6))
     words = batch.input_ids.roll(-1, 1).where(batch.mask.roll(-1, 1) & batch.mask, torch.tensor(-100))
     words[:, -1] = -100
     plain = dataclasses.replace(batch, token_labels=words)
     assert not has_prompt(plain).any()
-    share = {"gkd": {"lmbda": 1.0}, "minillm": {}, "distillm": {"share": 1.0}}[name]
+    share = {"gkd": {"lmbda": 1.0}, "minillm": {}, "distillm": {"share": 1.0}, "distillm2": {}}[name]
     bundle = bundle_of((name, {**share, "max_new_tokens": 5}), ("lm_loss", {}))
     assert bundle.rewrite(plain) is plain
     counts = bundle.counts(plain, True)
     assert counts["lm_loss/words"] == int((words >= 0).sum())
-    assert all((counts[term] == 0) == (name == "minillm") for term in counts if not term.startswith("lm_loss"))
+    assert {term for term, count in counts.items() if not count} == {
+        "minillm": {"minillm/single", "minillm/long"}, "distillm2": {"distillm2/written"}
+    }.get(name, set())  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused(bundle_of: Callable[..., Bundle], tiny: ModuleType, folder: Path, tmp_path: Path) -> None:

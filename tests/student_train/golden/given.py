@@ -38,7 +38,7 @@ def make_batch(labels: str = "") -> Batch:
     for row, (start, length) in enumerate([(0, 7), (4, 4), (0, 2), (0, 5), (0, 1)]):
         mask[row, start : start + length] = True
     token_labels = None
-    if labels in ("tokens", "pairs"):
+    if labels in ("tokens", "pairs", "answers"):
         token_labels = torch.full((5, 8), IGNORED)
         for row, token, label in [(0, 1, 2), (0, 6, 0), (1, 4, 1), (3, 0, 2), (3, 2, 2)]:
             token_labels[row, token] = label
@@ -64,9 +64,10 @@ def make_batch(labels: str = "") -> Batch:
             interchange[row, token], interchange[other, there] = there, token
     groups = torch.tensor([3, 3, 9, 9, 9])
     domains = torch.tensor([0, 2, 2, 0, 2])
+    written = torch.tensor([False, True, False, True, False]) if labels == "answers" else None
     return Batch(
         torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains, phrases,
-        interchange, draws,
+        interchange, draws, written,
     )  # fmt: skip
 
 

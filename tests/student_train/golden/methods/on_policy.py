@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from case import Case, Options
 from given import CLM, LLAMA, SMALL_LLAMA, Given, Reference
 from torch import Tensor
+
+from student_train.moment import Moment
 
 RESPONSES = [[(0, 2), (1, 0)], [(2, 1)], [(3, 2), (4, 2)]]
 """Row by row, which of the batch's scored words they are, and the words themselves."""
@@ -55,8 +58,18 @@ def minillm(mix: float, clip: float, length_norm: bool) -> Reference:
     return reference
 
 
-def case(method: str, options: Options, reference: Reference) -> Case:
-    return Case(method, options, reference, head=CLM, sizes=(SMALL_LLAMA, LLAMA), labels="tokens")
+def contrast(alpha: float, beta: float) -> Reference:
+    def reference(g: Given) -> dict[str, tuple[Tensor, float]]:
+        pairs = list(zip(g.T["lm_logits"].softmax(-1), g.S["lm_logits"].softmax(-1), strict=True))
+        given = sum((kl(p, alpha * p + (1 - alpha) * q) for p, q in pairs[:2]), torch.zeros(()))
+        written = sum((kl(q, (1 - alpha) * p + alpha * q.detach()) for p, q in pairs[2:]), torch.zeros(()))
+        return {"given": ((2 - beta) * given, 2), "written": (beta * written, 3)}
+
+    return reference
+
+
+def case(method: str, options: Options, reference: Reference, labels: str = "tokens") -> Case:
+    return Case(method, options, reference, head=CLM, sizes=(SMALL_LLAMA, LLAMA), labels=labels)
 
 
 CASES: dict[str, Case] = {
@@ -69,6 +82,14 @@ CASES: dict[str, Case] = {
     "minillm sums": case("minillm", {"length_norm": False, "mix": 0.0}, minillm(0.0, 0.2, False)),
     "distillm": case("distillm", {}, every_word(partial(skewed, reverse=True, alpha=0.1))),
     "distillm forward": case("distillm", {"skew": "forward", "alpha": 0.3}, every_word(partial(skewed, reverse=False, alpha=0.3))),
+    "distillm2": case("distillm2", {}, contrast(0.1, 1.0), "answers"),
+    "distillm2 risen": replace(
+        case(
+            "distillm2", {"alpha": 0.3, "beta": {"kind": "linear", "start": 1.0, "end": 1.5, "until": 0.5}}, contrast(0.3, 1.25), "answers"
+        ),
+        moment=Moment(step=10, steps=40, epoch_steps=10.0, seed=0),
+    ),
+    "distillm2 against": case("distillm2", {"beta": 1.4}, contrast(0.1, 1.4), "answers"),
 }
 
 CHANGES: list[tuple[str, dict[str, object]]] = [
@@ -79,6 +100,8 @@ CHANGES: list[tuple[str, dict[str, object]]] = [
     ("distillm", {"alpha": 0.2}),
     ("distillm", {"capacity": 7}),
     ("distillm", {"longest": 16}),
+    ("distillm2", {"alpha": 0.3}),
+    ("distillm2", {"beta": 0.4}),
 ]
 
 ELSEWHERE = [
@@ -91,12 +114,15 @@ ELSEWHERE = [
     ("distillm", "every"),
     ("distillm", "temperature"),
     ("distillm", "max_new_tokens"),
+    ("distillm2", "temperature"),
+    ("distillm2", "max_new_tokens"),
 ]
 
 MODELS = [
     ("gkd", {}, "llama", "causal_lm"),
     ("minillm", {}, "llama", "causal_lm"),
     ("distillm", {}, "llama", "causal_lm"),
+    ("distillm2", {}, "llama", "causal_lm"),
 ]
 
 LIVE = [
@@ -104,4 +130,5 @@ LIVE = [
     ("gkd", "packed", {}),
     ("minillm", "answers", {}),
     ("distillm", "answers", {}),
+    ("distillm2", "answers", {}),
 ]
