@@ -47,6 +47,10 @@ class Schedule(Strict):
             raise ValueError("steps: expected one more value than shares in at, and at in ascending order")
         return self
 
+    def __str__(self) -> str:
+        """As a recipe says it."""
+        return f"{{{', '.join(f'{name}: {value}' for name, value in self.model_dump(mode='json', exclude_unset=True).items())}}}"
+
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest number that it takes."""
