@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from transformers import TrainingArguments
 
+from online.ranks import talking
 from store.strict import did_you_mean
 
 # fmt: off
@@ -112,7 +113,8 @@ def training_arguments(
         if chosen["use_cpu"] and "RANK" in os.environ and not dist.is_initialized():
             # or its ranks would wait for each other for half an hour, whatever ddp_timeout says
             seconds = float(str(chosen.get("ddp_timeout", fields["ddp_timeout"].default)))
-            dist.init_process_group(str(chosen.get("ddp_backend") or "gloo"), timeout=timedelta(seconds=seconds))
+            with talking():
+                dist.init_process_group(str(chosen.get("ddp_backend") or "gloo"), timeout=timedelta(seconds=seconds))
         args = TrainingArguments(**chosen, **ours)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"{where}: trainer: {error}") from None

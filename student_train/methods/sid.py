@@ -52,7 +52,7 @@ class SID(Method):
 
     paper = "Aguilar, Ling, Zhang, Yao, Fan, Guo 2020, arXiv 1910.03723"
     stages: ClassVar[Stages] = {"internal": ("attention", "hidden"), "prediction": ("soft",)}
-    kinds = frozenset({"reads intermediate features", "changes its loss as it goes"})
+    kinds = frozenset({"reads intermediate features", "reads other features as it goes", "changes its loss as it goes"})
     accepts = "as many attention heads, equal widths, the teacher's task head"
     watches = True
 

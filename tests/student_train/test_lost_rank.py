@@ -26,7 +26,7 @@ def free_port() -> str:
 
 def written(folder: Path, store: Path, **phase: object) -> Path:
     """The recipe of a run into ``folder``."""
-    trainer = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, "save_steps": 4, "ddp_timeout": 8}
+    trainer = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, "save_steps": 4, "ddp_timeout": 40}
     plan = {
         "name": "phase",
         "student": {"layers": [2, 4]},

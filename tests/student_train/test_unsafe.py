@@ -46,6 +46,7 @@ def refused(tiny: ModuleType, stage: int, method: str, options: dict[str, object
     [
         ("mobilebert", "lets some blocks of the student stand still in some steps"),
         ("rail_kd", "learns other blocks of the student as it goes"),
+        ("sid", "learns other blocks of the student as it goes"),
         ("lrc_bert", "takes the gradient of its perturbation by itself"),
         ("rw_kd", "takes gradients in all weights of the student by itself"),
         ("metadistil", "takes gradients in all weights of the student by itself"),
