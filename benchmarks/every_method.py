@@ -96,7 +96,8 @@ def prepare(name: str, data: Path, work: Path) -> None:
     program(work, "teacher_dump", "run", str(ROOT / "recipes" / name / "dump.yaml"))
     if name == "sst2":
         program(work, "student_train", "run", str(ROOT / "recipes" / "sst2" / "second_teacher.yaml"))
-        program(work, "teacher_dump", "run", str(ROOT / "recipes" / "sst2" / "second_dump.yaml"))
+        for further in ("second_dump", "semantic_dump"):
+            program(work, "teacher_dump", "run", str(ROOT / "recipes" / "sst2" / f"{further}.yaml"))
 
 
 def recipes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
