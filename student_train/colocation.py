@@ -33,10 +33,15 @@ class Way:
     """None: the whole student on every rank (DDP)."""
 
     @property
+    def launched(self) -> bool:
+        """Whether a launcher starts it, as it does one process whose teacher is sharded: transformers then puts DDP around the student."""
+        return self.ranks > 1 or self.zero is not None or (self.teacher is not None and self.teacher.kind != "none")
+
+    @property
     def engine(self) -> str:
         """How the student lies."""
         if self.zero is None:
-            return "ddp" if self.ranks > 1 else "plain"
+            return "ddp" if self.launched else "plain"
         offloads = [("optimizer", self.zero.offload_optimizer), ("parameters", self.zero.offload_parameters)]
         offloaded = [name for name, where in offloads if where != "none"]
         return f"zero-{self.zero.stage}" + (f" + {', '.join(offloaded)} to cpu" if offloaded else "")
@@ -97,7 +102,7 @@ def memory(paper: Paper, way: Way, rows: Rows) -> Memory:
     host, gathered, updating = PROCESS, 0.0, 0.0
     if zero is None:
         student, moments = weights, adam * weights
-        gradients = (weights if ranks > 1 else 0.0) + (weights if several else 0.0)  # DDP sends copies
+        gradients = (weights if way.launched else 0.0) + (weights if several else 0.0)  # DDP sends copies
         learning = working.student if several else working.learning
     else:
         student = weights + part if zero.stage < 3 else part  # stage 3 updates the part itself

@@ -5,6 +5,7 @@ Shapes: B rows, T padded tokens, N labelled tokens.
 
 import copy
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,7 +225,8 @@ def feature_bytes(key: FeatureKey, shape: ModelShape, rows: int, tokens: int, la
     if key.site in ATTENTION:
         return 4 * rows * shape.heads * tokens**2
     units = {"all": rows * tokens, "masked": labelled, "labels": labelled}.get(key.positions, rows)
-    each = 12 * key.kept + 4 if key.form.startswith("top") and key.kept else 4 * shape.unit_width(key)
+    words = re.fullmatch(r"top(\d+)", key.form)
+    each = 12 * int(words[1]) + 4 if words else 4 * shape.unit_width(key)
     return units * each
 
 
