@@ -26,7 +26,8 @@ def check_zero(phase: PhaseSpec, methods: Sequence[tuple[MethodSpec, Method]]) -
     for spec, method in methods:
         reason = _reason(zero, method)
         if reason:
-            raise ValueError(f"{where}: zero: stage {zero.stage}: {spec.name} {reason}; give zero a stage of 1 or 2, or leave zero out (DDP)")
+            remedy = "give zero a stage of 1 or 2, or leave zero out (DDP)"
+            raise ValueError(f"{where}: zero: stage {zero.stage}: {spec.name} {reason}; {remedy}")
 
 
 def _reason(zero: Zero, method: Method) -> str:
@@ -39,7 +40,7 @@ def _reason(zero: Zero, method: Method) -> str:
     if "reads other features as it goes" in kind.kinds:
         return "learns other blocks of the student as it goes, and ZeRO-3 would move the rest by the gradient of an earlier step"
     if method.perturbs:
-        return "takes the gradient of its perturbation by itself, before ZeRO-3 has let go of the weights (perturbation: false does without)"
+        return "takes the gradient of its perturbation by itself, while ZeRO-3 has hooks on the weights (perturbation: false does without)"
     if kind.takes_gradients:
         return "takes gradients in all weights of the student by itself, and a rank of ZeRO-3 lacks most of them"
     if method.rewrites:
