@@ -119,9 +119,11 @@ class Engine:
         self.model.global_steps = checkpoint.step_of(folder)
         for group, known in zip(self.param_groups, saved["groups"], strict=True):
             group.update(known)
+        on_device = self._base.defaults.get("fused") or self._base.defaults.get("capturable")
         for part, state in zip(self._parts, saved["states"], strict=True):
             self._base.state[part] = {
-                name: value.to(part.device) if torch.is_tensor(value) and value.dim() else value for name, value in state.items()
+                name: value.to(part.device) if torch.is_tensor(value) and (value.dim() or on_device) else value  # step counts are 0-d
+                for name, value in state.items()
             }
 
     @property
