@@ -114,7 +114,8 @@ def library(device: torch.device) -> ModuleType:
         import deepspeed
     except ImportError as error:
         raise ShardingError(
-            "ZeRO (a teacher's sharding: kind zero3, a student's zero) needs DeepSpeed, which is not installed; run `pip install 'teachercache[sharded]'`"
+            "ZeRO (a teacher's sharding: kind zero3, a student's zero) needs DeepSpeed, which is not installed; "
+            "run `pip install 'teachercache[sharded]'`"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
