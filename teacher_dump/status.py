@@ -46,6 +46,8 @@ def _rows(rows: RowsInfo) -> Iterator[str]:
     yield f"rows: {describe_rows(rows)}; {rows.objective} objective{copies}, {task}{classes}"
     if rows.domains:
         yield f"  domains: {', '.join(rows.domains)}"
+    if rows.paired:
+        yield "  in pairs, with what each row takes of the other in an intervention"
     taken = dict.fromkeys(origin.taken for origin in rows.origins if origin.taken)
     if len(rows.origins) > 1 or taken:
         some = f", of which only some were taken: {'; '.join(taken)}" if taken else ""
@@ -68,6 +70,9 @@ def _pass(store: Store, name: str, info: PassInfo) -> Iterator[str]:
     yield f"pass {name}: {len(commits):,} of {rows.slots:,} shards ({far}); {size(written)}{each}"
     shape = info.shape
     yield f"  teacher: {info.model}, run in {info.dtype}; {shape.family}, head {shape.head}, {shape.layers} blocks of width {shape.width}"
+    if info.intervention is not None:
+        alternatives = " or ".join(", ".join(map(str, blocks)) for blocks in info.intervention.layers)
+        yield f"  answered with the partner's hidden states written over the output of blocks {alternatives}"
     yield f"  made: {_made(info.made)}"
     yield from _batches(info, commits.values())
     missing = "none, the answers were imported" if info.imported else "not shipped (configuration and tokenizer are)"

@@ -53,7 +53,8 @@ def test_a_dump_holds_what_the_teacher_says_with_its_partners_states(
     assert verified.code == 0, verified.out
     assert teacher_dump("show", recipe["store"]).code == 0
     status = teacher_dump("status", recipe["store"])
-    assert status.code == 0
+    assert "in pairs, with what each row takes of the other" in status.out
+    assert "with the partner's hidden states written over the output of blocks 1 or 2" in status.out
 
 
 def test_partners_stand_in_one_batch_and_are_padded_alike(recipe: Tree, write: Callable[[Tree], Path], teacher_dump: Run) -> None:
