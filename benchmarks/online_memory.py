@@ -193,11 +193,9 @@ def measure(folder: Path, found: dict[str, Any], keep: Callable[[dict[str, Any]]
             "error": round(says["allocated"] / grown - 1, 3),
             "seconds_a_step": max(rank["seconds_a_step"] for rank in ranks),
         }
-        print(
-            f"{name(*case)}: {grown} MB beside the base, predicted {says['allocated']} ({time.perf_counter() - started:.0f} s)",
-            file=sys.stderr,
-        )
-    return found
+        keep(found)
+        seconds = time.perf_counter() - started
+        print(f"{name(*case)}: {grown} MB beside the base, predicted {says['allocated']} ({seconds:.0f} s)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from online.figures import size, table
 from online.machines import CONTEXT, REACHED, SLACK
 from student_train.colocation import Way, trained
+from student_train.methods.base import Method
 from student_train.plan import Lies, Plan
 from student_train.ways import NO_TENSOR_PARALLELISM, STEPS, Choice, advised, nearest, refusals
 
@@ -40,6 +41,8 @@ def report(found: Plan) -> Iterator[str]:
         f"allocated and {SLACK:.0%} of the device"
     )
     yield f"  that lies waste; it fits where {size(CONTEXT)} are left for CUDA and its libraries. docs/online.md has the formulas."
+    if own_passes := [spec.name for spec, method in paper.outline.methods if _runs_itself(method)]:
+        yield f"  not counted: what {', '.join(own_passes)} runs by itself, beside a pass of each teacher and of the student"
     most = max(found.found)
     for reason in refusals(paper, most):
         yield f"\nrefused: {reason}"
@@ -109,6 +112,12 @@ def seconds_text(seconds: float) -> str:
     """``1.2 s``, ``3.4 ms`` or ``5.6 us``."""
     unit, scale = next(((unit, scale) for unit, scale in (("s", 1.0), ("ms", 1e3)) if seconds * scale >= 1), ("us", 1e6))
     return f"{seconds * scale:.3g} {unit}"
+
+
+def _runs_itself(method: Method) -> bool:
+    """Whether a method runs models in other passes than the step's own, or otherwise."""
+    kind = type(method)
+    return method.live or method.rewrites or method.perturbs or kind.prepare is not Method.prepare or kind.running is not Method.running
 
 
 def _model(family: str, elements: int, weights: int, dtype: str) -> str:

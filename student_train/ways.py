@@ -17,7 +17,7 @@ STEPS = (
     "weights: teachers in parts (tp, zero3, fsdp), the student too (ZeRO-3)",
     "offload to main memory",
 )
-"""What to try one after the other: GKD's order (Tan et al. 2023, arXiv 2306.06629, section 4.4 and tables 3 and 5)."""
+"""What to try one after the other: GKD's order (Tan et al. 2023, arXiv 2306.06629)."""
 
 NO_TENSOR_PARALLELISM = (
     "student in tensor parallel: not offered. Methods compare whole features, and features of split heads are gathered without a gradient; "

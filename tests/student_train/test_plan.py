@@ -301,6 +301,7 @@ def test_the_command_prints_every_way_what_is_refused_and_an_advice(folder: Path
     for column in ("allocated", "cached", "CPU memory", "a row"):
         assert column in out
     assert "refused: zero: stage 3: theseus lets some blocks" in out
+    assert "not counted: what theseus runs by itself" in out
     assert "student in tensor parallel: not offered" in out
     assert "take teacher none, student ddp" in out
     code, out, err = program("plan", file, "--on", "4x16GB", "--ranks", "2", "--json")
