@@ -1,5 +1,9 @@
 """What ZeRO is not given to do, and the net beneath: how a run's steps are looked at before they move weights."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -162,9 +166,7 @@ def test_a_group_is_used_as_a_whole_or_not_at_all() -> None:
     names, groups, ranks = ["a", "b", "c", "d"], [["a", "b"], ["c"], ["d"]], Ranks(60)
     assert check_used([[3, 1], [1, 0]], groups, names, ranks, 7) == [True, False, True]
     assert check_used([[]], groups, names, ranks, 7) == [False, False, False]
-    with pytest.raises(
-        ValueError, match=r"step 7: b got a gradient and a did not, .* nothing of this step is kept; leave zero out"
-    ):
+    with pytest.raises(ValueError, match=r"step 7: b got a gradient and a did not, .* nothing of this step is kept; leave zero out"):
         check_used([[1, 2]], groups, names, ranks, 7)
 
 
@@ -173,3 +175,35 @@ def test_every_backward_pass_must_use_the_same_weights_where_an_old_gradient_wou
     for passes in ([[0, 2], [0]], [[0], [0, 2]], [[0, 1, 2]]):
         with pytest.raises(ValueError, match=r"step 7 learns other weights than the first ones did \([bc]\).* give zero a stage of 1 or 2"):
             check_steady(passes, frozenset({0, 2}), ["a", "b", "c"], 7)
+
+
+DIFFERING = """
+from torch import distributed
+from online.ranks import Ranks
+from student_train.use import check_used
+
+distributed.init_process_group("gloo")
+ranks = Ranks(60)
+assert check_used([[1], [0]], [["a", "b"]], ["a", "b"], ranks, 3) == [True]
+try:
+    check_used([[ranks.number, 1 - ranks.number]], [["a", "b"]], ["a", "b"], ranks, 4)
+except ValueError as error:
+    print(error, flush=True)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_went_backward_through_weights_in_another_order_are_told_on_both(tmp_path: Path) -> None:
+    (tmp_path / "differing.py").write_text(DIFFERING, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, str(tmp_path / "differing.py")], timeout=200, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 4: ranks went backward through different weights") == 2
+    assert all(f"(this is rank {number})" in done.stdout for number in range(2))
