@@ -106,7 +106,7 @@ def recipes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     found = {path.stem: path for folder in ("online", "methods") for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))}
     for stem, path in sorted(found.items()):  # a method that learns from a store is not run online as well: it would learn the same
         phases: dict[str, dict[str, Any]] = {}
-        for phase in yaml.safe_load(path.read_text(encoding="utf-8"))["phases"]:
+        for phase in yaml.safe_load(path.read_text(encoding="utf-8")).get("phases", []):  # none in a dump's
             earlier = {phase["student"].get("phase"), *(method.get("carry") for method in phase["methods"])} - {None}
             if {data["store"] for data in phase["data"]} == {f"out/{name}/features"} and earlier <= phases.keys():
                 phases[phase["name"]] = phase
