@@ -65,9 +65,7 @@ class PKD(Method):
         return {"patience": torch.stack(losses).sum()}
 
 
-def inner_pairs(
-    layers: Literal["skip", "last"] | list[tuple[int, int]], student: ModelShape, teacher: ModelShape
-) -> list[tuple[int, int]]:
+def inner_pairs(layers: Literal["skip", "last"] | list[tuple[int, int]], student: ModelShape, teacher: ModelShape) -> list[tuple[int, int]]:
     """Pairs (student block, teacher block), counted from 1."""
     inner = range(1, student.layers)
     if layers == "skip":
