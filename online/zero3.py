@@ -35,6 +35,10 @@ class Partitioned:
 
         if not hasattr(tensor, "ds_tensor"):  # a buffer: every rank has it
             return tensor
+        lying: Any = tensor
+        engine: Any = self._engine
+        if lying.ds_status.name == "INFLIGHT":  # fetched ahead for a block that did not run after all
+            engine.empty_partition_cache()
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 

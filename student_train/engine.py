@@ -137,7 +137,10 @@ class Engine:
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """As ``checkpoint.weights``; under stage 3 all ranks gather them, and the first gets them, on the CPU."""
-        return checkpoint.weights(module, self._whole) if self._stage == 3 else checkpoint.weights(module)
+        if self._stage < 3:
+            return checkpoint.weights(module)
+        self.model.empty_partition_cache()  # of what was fetched ahead
+        return checkpoint.weights(module, self._whole)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_tensor"):  # a buffer
@@ -148,6 +151,7 @@ class Engine:
     def end(self) -> None:
         """Give the bundle plain weights of its own again, whole on every rank, and take DeepSpeed out of it."""
         zero = library(self.model.device).zero
+        self.model.empty_partition_cache()
         plain: dict[int, nn.Parameter] = {}
         for weight in self._bundle.parameters():
             with zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_tensor")):
