@@ -122,7 +122,7 @@ def refusal(paper: Paper, way: Way) -> str:
     phase, methods = paper.outline.phase, paper.outline.methods
     whole = next((spec.name for spec, method in methods if method.trains_teacher), None)
     if way.teacher is not None and way.teacher.kind != "none" and whole is not None:
-        return f"teacher {way.teacher.kind}: {whole} trains its teacher on every rank; expected sharding kind none"
+        return f"a teacher in parts: {whole} trains its teacher on every rank; expected sharding kind none"
     try:
         check_zero(phase.model_copy(update={"zero": way.zero}), methods)
     except ValueError as error:

@@ -231,7 +231,7 @@ def test_a_teacher_that_trains_is_in_no_parts(folder: Path) -> None:
     meta = {"store": str(folder / "store"), "split": "dev"}
     on = paper(folder, methods=[{"name": "metadistil"}], meta=meta)
     assert {one.way.sharding for one in choices(on, 2, rows(), {"float32": MACHINE})} == {"none"}
-    assert "teacher zero3: metadistil trains its teacher on every rank; expected sharding kind none" in refusals(on, 2)
+    assert "a teacher in parts: metadistil trains its teacher on every rank; expected sharding kind none" in refusals(on, 2)
 
 
 def choice(zero: Zero | None, sharding: Sharding, gigabytes: float, taken: float) -> Choice:
