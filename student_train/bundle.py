@@ -158,9 +158,10 @@ class Bundle(nn.Module):
 
     def checkpoint_activations(self, where: str) -> None:
         """Recompute the student's activations in the backward pass; not re-entrant, or captured features lose their gradient."""
-        if mixing := next((name for name, method in self._named() if type(method).running is not Method.running), None):
+        mixing = [name for name, method in self._named() if type(method).running is not Method.running or method.interventions]
+        if mixing:
             raise ValueError(
-                f"{where}: trainer: gradient_checkpointing: {mixing} changes what runs in a forward pass, which is over when "
+                f"{where}: trainer: gradient_checkpointing: {mixing[0]} changes what runs in a forward pass, which is over when "
                 "activations are computed again; leave it out"
             )
         if not self.student.supports_gradient_checkpointing:

@@ -14,6 +14,7 @@ from store.rows import NUMBERS
 from store.strict import did_you_mean
 from store.table import Ints
 
+_SAID = {"teacher", "model", "dtype", "shape", "intervention"}
 TOKENS_AT_ONCE = 8192
 """Tokens whose features are held in memory together, unless a single row has more."""
 
@@ -70,7 +71,7 @@ class Selection:
                 "pad_id": rows.pad_id,
                 "tokenizer": rows.tokenizer,
             },
-            "passes": {name: info.model_dump(mode="json", include={"teacher", "model", "dtype", "shape"}) for name, info in passes.items()},
+            "passes": {name: info.model_dump(mode="json", include=_SAID) for name, info in passes.items()},
         }
 
 

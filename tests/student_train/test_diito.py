@@ -271,6 +271,12 @@ def test_a_pass_with_an_intervention_teaches_no_other_method(folder: Path, tmp_p
         run(recipe(folder, tmp_path / "out", data=[data], evaluate=[{**data, "split": "dev"}]), ["test"])
 
 
+def test_activations_that_are_computed_again_would_miss_what_was_written(folder: Path, tmp_path: Path) -> None:
+    trainer = {**QUIET, "gradient_checkpointing": True}
+    with pytest.raises(ValueError, match="gradient_checkpointing: diito changes what runs in a forward pass"):
+        run(recipe(folder, tmp_path / "out", trainer=trainer), ["test"])
+
+
 def test_rows_without_partners_are_refused(folder: Path, words: Path, tmp_path: Path) -> None:
     data = {"store": str(words)}
     made = recipe(folder, tmp_path / "out", online=True, data=[data], evaluate=[], metrics=[])
