@@ -124,16 +124,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(offline: TrainReci
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_two_ranks_train_as_one(folder: Path, offline: TrainRecipe, tmp_path: Path) -> None:
-    spread = recipe(folder, tmp_path / "two", online=True)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("changes", [{}, {"zero": {"stage": 3}}], ids=["ddp", "zero3"])
+def test_two_ranks_train_as_one(changes: dict[str, object], folder: Path, offline: TrainRecipe, tmp_path: Path) -> None:
+    spread = recipe(folder, tmp_path / "two", online=True, **changes)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_yaml(spread))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run([*command, "-m", "student_train.cli", "run", str(file)], timeout=250, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "-m", "student_train.cli", "run", str(file)], timeout=500, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     for entry, expected in zip(curve(spread), curve(offline), strict=True):
         assert entry == pytest.approx(expected, rel=1e-4, abs=2e-6), entry["step"]
