@@ -66,7 +66,7 @@ class Memory:
     teacher: float
     """Its part of the teachers' weights, and buffers."""
     student: float
-    """Its part of the student's weights and those of the methods; under ZeRO 1 and 2 a whole copy and the part that it updates."""
+    """Its part of the student's weights and those of the methods; under ZeRO a copy of the part beside them, which is updated."""
     moments: float
     """The optimiser's."""
     gradients: float
@@ -74,7 +74,8 @@ class Memory:
     answering: float
     """While teachers answer: activations of one, weights that it gathers, features of those before it."""
     learning: float
-    """While the student learns: activations, gradients as they come, gathered weights, features of the teachers."""
+    """While the student learns: activations, gradients as they come, gathered weights, features of the teachers; under ZeRO-3 also
+    gradients laid out to be sent."""
     updating: float
     """While the optimiser takes a step."""
     host: float
@@ -105,12 +106,12 @@ def memory(paper: Paper, way: Way, rows: Rows) -> Memory:
         gradients = (weights if way.launched else 0.0) + (weights if several else 0.0)  # DDP sends copies
         learning = working.student if several else working.learning
     else:
-        student = weights + part if zero.stage < 3 else part  # stage 3 updates the part itself
+        student = weights + part if zero.stage < 3 else 2 * part  # beside what runs, float32 weights that are updated
         moments, learning = adam * part, working.student
         gradients = bucket + part + (part if zero.stage == 2 and several else 0.0) + (weights if zero.stage == 1 and several else 0.0)
-        updating = part if zero.stage == 3 else part - bucket  # the part's gradients once more, in one piece; without the bucket
+        updating = part if zero.stage == 3 else max(0.0, part - bucket)  # the part's gradients in one piece; without the bucket
         if zero.stage == 3:
-            gathered = min(GATHERED["zero3"](paper.student.sizes, size * rows.longest), 2 * weights)
+            gathered = bucket + min(GATHERED["zero3"](paper.student.sizes, size * rows.longest), 2 * weights)
         if zero.offload_optimizer != "none":
             student, moments, updating = (weights if zero.stage < 3 else part), 0.0, 0.0
             gradients = bucket + paper.student.sizes.embedding + (weights if zero.stage == 1 and several else 0.0)

@@ -110,7 +110,7 @@ def teachers(paper: Paper, ranks: int) -> list[Sharding | None]:
 def students(ranks: int) -> list[Zero | None]:
     """How the student can lie over so many ranks. One alone has nothing to share out, but may offload.
 
-    Parameters go to main memory after the optimiser's state: in float32, ZeRO-3 would keep the same numbers on the device for it.
+    Parameters go to main memory after the optimiser's state, which is three times as much.
     """
     shared = [Zero(stage=stage) for stage in (1, 2, 3)] if ranks > 1 else []
     offloaded = [Zero(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)]

@@ -93,7 +93,7 @@ ENGINES: dict[str, tuple[Zero | None, int, tuple[float, float, float]]] = {
     "zero-1, accumulated": (Zero(stage=1), 2, (1.5, 1, 2.5)),
     "zero-2": (Zero(stage=2), 1, (1.5, 1, 1.5)),
     "zero-2, accumulated": (Zero(stage=2), 2, (1.5, 1, 2)),
-    "zero-3": (Zero(stage=3), 1, (0.5, 1, 1.5)),
+    "zero-3": (Zero(stage=3), 1, (1, 1, 1.5)),
     "zero-3, parameters": (Zero(stage=3, offload_optimizer="cpu", offload_parameters="cpu"), 1, (0, 0, 1)),
 }
 
