@@ -20,7 +20,7 @@ from store.features import FeatureKey
 from store.intervention import Intervention
 from store.manifest import RowsInfo
 from store.shape import ModelShape
-from store.strict import Strict
+from store.strict import MEMBER, Strict
 
 
 class LiveSpec(ModelSpec):
@@ -33,17 +33,21 @@ class LiveSpec(ModelSpec):
     """Answer with hidden states of each row's partner written in (DIITO), as in a dump's recipe."""
 
 
-def _kind(value: object) -> str:
-    return "one" if isinstance(value, LiveSpec) or (isinstance(value, dict) and isinstance(value.get("model"), str | Path)) else "several"
+def _number(value: object) -> str:
+    one = isinstance(value, LiveSpec) or (isinstance(value, dict) and isinstance(value.get("model"), str | Path))
+    return _ONE if one else _SEVERAL
+
+
+_ONE, _SEVERAL = f"{MEMBER}one", f"{MEMBER}several"
 
 
 class Online(Strict):
     """Teachers at work in the job, instead of a store's answers."""
 
     online: Annotated[
-        Annotated[LiveSpec, Tag("one")]
-        | Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], LiveSpec], Field(min_length=1), Tag("several")],
-        Discriminator(_kind),
+        Annotated[LiveSpec, Tag(_ONE)]
+        | Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], LiveSpec], Field(min_length=1), Tag(_SEVERAL)],
+        Discriminator(_number),
     ]
     """One model, or several by name, from small to large; metrics compare with the last one."""
 
@@ -56,6 +60,11 @@ class Online(Strict):
 def plain(spec: LiveSpec) -> LiveSpec:
     """``spec`` without an intervention: specs that agree so share one model."""
     return spec.model_copy(update={"intervention": None})
+
+
+def teacher_kind(value: object) -> str:
+    """The member of the union of a phase's ``teacher`` that ``value`` can only be."""
+    return f"{MEMBER}online" if isinstance(value, dict | Online) else f"{MEMBER}word"
 
 
 def live_shapes(specs: Mapping[str, LiveSpec]) -> dict[str, ModelShape]:

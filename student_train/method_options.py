@@ -6,6 +6,7 @@ from typing import Any
 
 from student_train.methods import options_model
 from student_train.methods.base import Method
+from student_train.schedule import Schedule
 
 Schema = Mapping[str, Any]
 
@@ -20,11 +21,10 @@ def schema(cls: type[Method]) -> Schema:
 
 def option_lines(cls: type[Method]) -> list[tuple[str, str, str]]:
     """Name, default and allowed values of each option, in the order of ``__init__``."""
-    known = schema(cls)
-    lines = []
-    for name, option in known["properties"].items():
-        required = name in known.get("required", ())
-        lines.append((name, "required" if required else _value(option.get("default")), in_words(option)))
+    fields, lines = options_model(cls).model_fields, []
+    for name, option in schema(cls)["properties"].items():
+        field = fields[name]
+        lines.append((name, "required" if field.is_required() else _value(field.default), in_words(option)))
     return lines
 
 
@@ -52,4 +52,6 @@ def smallest(option: Schema) -> Sequence[object]:
 
 
 def _value(value: object) -> str:
-    return "unset" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str | Schedule):
+        return str(value)
+    return "unset" if value is None else json.dumps(value)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from online.models import ModelSpec
 from store.filters import Where
@@ -12,7 +12,7 @@ from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
 from store.together import PassName
-from student_train.live import LiveSpec, Online
+from student_train.live import LiveSpec, Online, teacher_kind
 from student_train.schedule import Scheduled
 from student_train.zero import Zero
 
@@ -176,7 +176,9 @@ class PhaseSpec(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     student: StudentSpec
     data: tuple[DataSpec, ...] = Field(min_length=1)
-    teacher: Literal["store", "none"] | Online = "store"
+    teacher: Annotated[
+        Annotated[Literal["store", "none"], Tag(teacher_kind(""))] | Annotated[Online, Tag(teacher_kind({}))], Discriminator(teacher_kind)
+    ] = "store"
     """Where teachers answer: ``store`` reads what a pass holds; ``{online: MODEL}`` runs them in the job, on rows alone; ``none``."""
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     meta: DataSpec | None = None
