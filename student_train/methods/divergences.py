@@ -21,8 +21,8 @@ CHUNK_ELEMENTS = 1 << 24
 """Logits that are looked at together: what a divergence needs beside the logits is that of so many, forward and backward."""
 
 
-def of_tokens(divergence: Divergence, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """[N] the divergence of softmax(teacher) and softmax(student), float32.
+def of_tokens(divergence: Divergence, student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """[N] the divergence of softmax(teacher / T) and softmax(student / T), float32, without any factor for T.
 
     Both are cut to the words that they share, the first ones: models of one tokenizer may be padded to vocabularies of different
     sizes. Tokens are taken in chunks that are computed again in the backward pass, so that beside the logits and their
@@ -31,7 +31,7 @@ def of_tokens(divergence: Divergence, student_NV: Tensor, teacher_NV: Tensor) ->
     words = min(student_NV.shape[-1], teacher_NV.shape[-1])
 
     def chunk(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
-        return divergence(teacher_nV.float().log_softmax(-1), student_nV.float().log_softmax(-1))
+        return divergence((teacher_nV.float() / temperature).log_softmax(-1), (student_nV.float() / temperature).log_softmax(-1))
 
     tokens = max(1, CHUNK_ELEMENTS // words)
     chunks = zip(student_NV[:, :words].split(tokens), teacher_NV[:, :words].split(tokens), strict=True)
@@ -93,6 +93,16 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, head: float = 0.5) -> Tensor:
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """[...] half the sum of |p - q|."""
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def mse(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...] squared difference of the logits, each side's own mean taken off, mean over words.
+
+    Log-probabilities are logits but for a constant, which goes with the mean. Twice the limit of T^2 KL as T grows (Hinton et al.
+    2015, arXiv 1503.02531, section 2.1).
+    """
+    difference = log_p - log_q
+    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
 
 
 def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

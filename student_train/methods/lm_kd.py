@@ -3,7 +3,9 @@
 Shapes: U tokens, V words, K kept words.
 """
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,13 +15,68 @@ from online.batch import Batch, Features, TopK
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site
+from student_train.methods.divergences import (
+    adaptive_kl,
+    forward_kl,
+    jsd,
+    mse,
+    of_tokens,
+    reverse_kl,
+    skew_forward,
+    skew_reverse,
+    total_variation,
+)
 from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
+
+Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward", "skew_reverse", "adaptive_kl", "total_variation", "mse"]
+
+
+class Entry(NamedTuple):
+    """What goes with a divergence."""
+
+    of: Callable[..., Tensor]
+    option: str = ""
+    """The parameter it has, and its value where none is given."""
+    usual: float = 0.0
+    power: int = 2
+    """Of the temperature, that the divergence is multiplied by."""
+    top: bool = False
+    """Whether it looks only where the teacher's mass is, so that its K likeliest words serve."""
+
+
+DIVERGENCES: dict[Name, Entry] = {
+    "forward_kl": Entry(forward_kl, top=True),
+    "reverse_kl": Entry(reverse_kl),
+    "jsd": Entry(jsd, "beta", 0.5),
+    "skew_forward": Entry(skew_forward, "alpha", 0.1, top=True),
+    "skew_reverse": Entry(skew_reverse, "alpha", 0.1),
+    "adaptive_kl": Entry(adaptive_kl, "head", 0.5),
+    "total_variation": Entry(total_variation, power=1),
+    "mse": Entry(mse, power=0),
+}
 
 
 class LMKD(Method):
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) over words, at all, the labelled or (the same for MLM) the masked tokens.
 
     Hinton et al. 2015, arXiv 1503.02531, for every token; add ``lm_loss`` for the hard term.
+
+    ``divergence`` puts another in place of KL(p || q), p the teacher's and q the student's softmax at T (formulas:
+    student_train.methods.divergences):
+
+    - ``reverse_kl``: KL(q || p), word by word on the given text; the KL that Gu et al. 2024 (MiniLLM, arXiv 2306.08543) take over texts.
+    - ``jsd``: ``beta`` KL(p || M) + (1 - ``beta``) KL(q || M), M the mixture with the share ``beta`` of p; unset .5
+      (Agarwal et al. 2024, arXiv 2306.13649; also Wen et al. 2023, arXiv 2307.15190). 0 and 1 are KL(p || q) and KL(q || p).
+    - ``skew_forward``, ``skew_reverse``: KL(p || ``alpha`` p + (1 - ``alpha``) q) and KL(q || (1 - ``alpha``) p + ``alpha`` q);
+      unset .1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898).
+    - ``adaptive_kl``: KL(p || q) and KL(q || p), weighed by where p and q differ, in the teacher's likeliest words with the mass ``head``
+      or in the others; unset .5 (AKL, Wu et al. 2024, arXiv 2404.02657).
+    - ``total_variation``: half the sum of |p - q| (Wen et al. 2023, arXiv 2307.15190).
+    - ``mse``: squared difference of centred logits, mean over words (Hinton et al. 2015, section 2.1).
+
+    Factor for T: for large T, p - q shrinks as 1 / T, and total variation with it, so that is multiplied by T. All others but ``mse`` are
+    quadratic in p - q where the two are near, as the KL is, and multiplied by T^2; so no gradient shrinks as T grows. For all but
+    KL(p || q) these factors are ours. ``mse`` has no T: it is what twice T^2 KL comes to as T grows.
 
     ``top`` unset reads dense word logits, which a store derives from ``head_input``. ``top: K`` reads the teacher's K
     likeliest words with the mass of all others:
@@ -29,6 +86,11 @@ class LMKD(Method):
       teacher's tail mass at another temperature does not follow from what is kept, so it is refused.
     - ``tail: none``: KL between the two distributions given that the word is one of the K; exact at every T, because
       softmax(log p / T) over kept words needs no others. The student's mass outside the K is not held back.
+
+    ``skew_forward`` takes K words likewise, and as a ghost word's is a lower bound too. The other divergences look at every word that
+    the student believes in, or at all, and are refused with ``top``.
+
+    Dense logits in other divergences than KL(p || q) are compared in chunks of tokens, which are computed again for the gradient.
 
     Term ``words``: sum over tokens.
     """
@@ -44,6 +106,10 @@ class LMKD(Method):
         *,
         positions: Literal["all", "labels", "masked"] = "labels",
         temperature: Temperature = 1.0,
+        divergence: Name = "forward_kl",
+        beta: Annotated[float, Field(ge=0, le=1)] | None = None,
+        alpha: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        head: Annotated[float, Field(gt=0, lt=1)] | None = None,
         top: Annotated[int, Field(ge=1)] | None = None,
         tail: Literal["ghost", "none"] = "ghost",
     ) -> None:
@@ -54,6 +120,18 @@ class LMKD(Method):
             raise ValueError(f"top: the vocabulary has {teacher.vocab} words, found {top}")
         if top is None and tail != "ghost":
             raise ValueError("tail: says what becomes of words outside the top K; set top, or leave tail out")
+        chosen, given = DIVERGENCES[divergence], {"beta": beta, "alpha": alpha, "head": head}
+        for option, value in given.items():
+            if value is not None and option != chosen.option:
+                owners = " or ".join(name for name, entry in DIVERGENCES.items() if entry.option == option)
+                raise ValueError(f"{option}: goes with divergence {owners}, found divergence: {divergence}; leave {option} out")
+        if divergence == "mse" and temperature != 1:
+            raise ValueError(f"temperature: the mse of logits has none, it compares them as they are, found {temperature}; leave it out")
+        if top is not None and not chosen.top:
+            raise ValueError(
+                f"divergence: {divergence} needs what the teacher thinks of every word that the student may give mass to, also of those "
+                f"outside its top {top}; leave top out: dense lm_logits follow from head_input with its head, which a store keeps for them"
+            )
         if top is not None and tail == "ghost" and temperature != 1:
             raise ValueError(
                 f"temperature: the mass of the tail is known at temperature 1 only, found {temperature}; "
@@ -64,6 +142,10 @@ class LMKD(Method):
         super().__init__({student_key}, {teacher_key})
         self.student_key, self.teacher_key = student_key, teacher_key
         self.positions, self.temperature, self.tail = positions, temperature, tail
+        value = given.get(chosen.option)
+        parameters = {chosen.option: chosen.usual if value is None else value} if chosen.option else {}
+        self.divergence, self.power = partial(chosen.of, **parameters), chosen.power
+        self.plain = divergence == "forward_kl"
 
     def counts(self, batch: Batch) -> Terms:
         return {"words": unit_count(batch, self.positions)}
@@ -71,13 +153,23 @@ class LMKD(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         logits_UV, target = vectors(student, self.student_key, batch), teacher[self.teacher_key]
         if not isinstance(target, TopK):
-            return {"words": kl(logits_UV, vectors(teacher, self.teacher_key, batch), self.now(self.temperature)).sum()}
+            return {"words": self._divergence(logits_UV, vectors(teacher, self.teacher_key, batch))}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
         log_p_UK, log_tail_U = (units(value, batch, self.positions) for value in (target.log_probs, target.log_tail))
         if self.tail == "none" or ids_UK.shape[-1] == logits_UV.shape[-1]:  # a ghost of no words has no probability to compare
-            return {"words": kl(logits_UV.gather(-1, ids_UK), log_p_UK, self.now(self.temperature)).sum()}
+            return {"words": self._divergence(logits_UV.gather(-1, ids_UK), log_p_UK)}
         log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
-        return {"words": (log_p_UK1.exp() * (log_p_UK1 - head_and_tail(logits_UV, ids_UK))).sum()}
+        log_q_UK1 = head_and_tail(logits_UV, ids_UK)
+        if self.plain:
+            return {"words": (log_p_UK1.exp() * (log_p_UK1 - log_q_UK1)).sum()}
+        return {"words": self.divergence(log_p_UK1, log_q_UK1).sum()}
+
+    def _divergence(self, student_UV: Tensor, teacher_UV: Tensor) -> Tensor:
+        """0-d sum over tokens of the divergence of two sides' logits, with its factor for T."""
+        temperature = self.now(self.temperature)
+        if self.plain:
+            return kl(student_UV, teacher_UV, temperature).sum()
+        return temperature**self.power * of_tokens(self.divergence, student_UV, teacher_UV, temperature).sum()
 
 
 def head_and_tail(logits_UV: Tensor, ids_UK: Tensor) -> Tensor:
