@@ -25,8 +25,8 @@ from student_train.recipe import MethodSpec
 RUNS: list[tuple[str, dict[str, Any]]] = all_of("RUNS")
 NAMES = [f"{method}-{number}" for number, (method, _) in enumerate(RUNS)]
 LOOP: dict[str, Any] = {"pass_name": "tiny", "bank": False, "steps": 8, "trainer": {"save_total_limit": 9, "save_steps": 4}}
-ELSEWHERE = {"rw_kd", "meta_kd", "hrkd", "gkd", "minillm", "distillm", "distillm2"}
-"""Need more of their rows: tests/student_train/test_row_weights.py, test_on_policy.py."""
+ELSEWHERE = {"rw_kd", "meta_kd", "hrkd", "gkd", "minillm", "distillm", "distillm2", "diito"}
+"""Need more of their rows: tests/student_train/test_row_weights.py, test_on_policy.py, test_diito.py."""
 WORDS = {"lm_loss", "lm_kd", "distilbert"}
 CLOCK = ("tokens_per_second", "loader_wait")
 
