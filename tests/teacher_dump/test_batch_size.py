@@ -208,7 +208,10 @@ def test_ranks_that_share_a_teacher_say_which_batches_to_take(wide_recipe: Tree,
         now = int(re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
         resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20), resource.RLIM_INFINITY))
 
-    sharding = ["sharding.kind=fsdp", "sharding.size=2", "batch_tokens=16384", "rows.slot_tokens=16384", "rows.sources.0.limit=150"]
+    # 2 GB a batch: far more than the limit, also where a process that ran other tests has freed memory to hand on
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps({"text": " ".join(["river"] * 10)}) + "\n") * 1000)
+    sharding = ["sharding.kind=fsdp", "sharding.size=2", "batch_tokens=16384", "rows.slot_tokens=16384", f"rows.sources.0.files={many}"]
     job = jobs.start(write(wide_recipe), 2, tmp_path / "said", sharding, replica=2, prepare=little)
     assert 0 not in job.codes(), job.said()
     assert re.search(r"out of memory on cpu with \d+ rows of 16 tokens; lower batch_tokens, as in batch_tokens=\d+", job.said())
