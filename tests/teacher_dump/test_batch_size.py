@@ -206,7 +206,7 @@ def test_a_row_that_does_not_fit_alone_is_named(wide_recipe: Tree, write: Write,
 def test_ranks_that_share_a_teacher_say_which_batches_to_take(wide_recipe: Tree, write: Write, tmp_path: Path) -> None:
     def little(number: int) -> None:
         now = int(re.search(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-        resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (now + (1200 << 20), resource.RLIM_INFINITY))
 
     # 2 GB a batch: far more than the limit, also where a process that ran other tests has freed memory to hand on
     many = tmp_path / "many.jsonl"
