@@ -68,7 +68,7 @@ class Method(nn.Module):
     """One distillation loss: ``__init__(student, teacher, *, option=default, ...)`` with the recipe's option names.
 
     A subclass hands ``__init__`` the keys (no pass name) that it reads, chosen from the two shapes and its options
-    alone; unless it is ``live`` it never sees a teacher's model, and does not know where the features come from. Its parameters train beside
+    alone; unless it is ``live`` it never sees a teacher's model, and it never knows where features come from. Its parameters train beside
     the student and never reach the exported model. The trainer runs ``forward`` with autocast off: losses are float32.
 
     What changes as training goes follows from ``self.moment`` (``schedule.at``, ``moment.draws``), or from buffers: a
