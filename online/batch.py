@@ -63,6 +63,9 @@ class Batch:
     """[B] bool: rows whose labelled words a model has just written (online.rollout), so that they are no truth to learn by; None where
     there are none."""
 
+    verbalisers: Tensor | None = None
+    """[C] int64 id of the word that stands for each class, where each row is a cloze with one labelled token; None elsewhere."""
+
     @property
     def lengths(self) -> Tensor:
         """[B] int64 tokens that are not padding."""
@@ -109,14 +112,36 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class TopK(NamedTuple):
-    """The K likeliest words at each position and what is left for all others (key form ``topK``), fp32."""
+    """The K likeliest words at each position and what is left for all others (key forms ``topK`` and ``topKpP``), fp32."""
 
     ids: Tensor
-    """[..., K] int64 word ids, likeliest first."""
+    """[..., K] int64 word ids, likeliest first; 0 in places that are not used."""
     log_probs: Tensor
-    """[..., K] log-probabilities at temperature 1 under the whole vocabulary."""
+    """[..., K] log-probabilities at temperature 1 under the whole vocabulary; store.codecs.topk.UNUSED in places that are not used."""
     log_tail: Tensor
-    """[...] logarithm of the mass of all other words; the lowest finite float32 where K is the vocabulary."""
+    """[...] logarithm of the mass of all other words; the lowest finite float32 where there are none."""
+
+
+class Drawn(NamedTuple):
+    """Words drawn at random from each prediction, D sets of N (key form ``drawN``), fp32."""
+
+    ids: Tensor
+    """[..., D * N] int64 word ids, each once in a set; 0 in places that are not used."""
+    counts: Tensor
+    """[..., D * N] how often each was drawn; 0 in places that are not used."""
+    log_weights: Tensor
+    """[..., D * N] logarithm of what a draw of it counts, [..., 0] where each counts 1."""
+
+
+class TopDrawn(NamedTuple):
+    """The H likeliest words of each prediction, and D sets of M words drawn from the others (key form ``topHdrawM``), fp32."""
+
+    ids: Tensor
+    """[..., H + D * M] int64 word ids: the H likeliest, then each set's by rising id, as often as they were hit."""
+    log_probs: Tensor
+    """[..., H] log-probabilities of the likeliest."""
+    log_tail: Tensor
+    """[...] logarithm of the mass of all others, of which each hit of a set stands for an M-th."""
 
 
 class Selected(NamedTuple):
@@ -132,7 +157,7 @@ class Selected(NamedTuple):
     """[...] over the whole vocabulary."""
 
 
-Value = Tensor | TopK | Selected
+Value = Tensor | TopK | Drawn | TopDrawn | Selected
 """What a feature is in a batch. Leading dimensions by positions: ``all`` [B, T, W] with zeros on padding;
 ``leftL`` [B, L, W] with zeros where a row is shorter; ``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W].
 W is M in the form ``widthM``. attention_scores and attention_probs are [B, heads, T, T]."""

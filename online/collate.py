@@ -1,6 +1,7 @@
 """Rows as a batch. B rows, T padded tokens; packed arrays hold the tokens of all rows one after the other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def collate(store: Store, rows: Ints) -> Batch:
             f"the rows of {store.where} hold pairs of which one takes what the other has not; rows cannot be mended: remove the folder "
             "and start the dump again"
         )
-    return _batch(rows, packed, numbers.length, labels, numbers.group, domains, draws, info.objective, info.task, info.pad_id)
+    batch = _batch(rows, packed, numbers.length, labels, numbers.group, domains, draws, info.objective, info.task, info.pad_id)
+    return replace(batch, verbalisers=torch.tensor(info.verbalisers)) if info.verbalisers else batch
 
 
 def collate_rows(rows: Sequence[Row], objective: str, task: Task, pad_id: int) -> Batch:

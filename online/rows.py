@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from online.batch import BUCKET
+from online.cloze_rows import MASK, ClozeSpec, cloze_problems, clozes, verbalisers
 from online.corpus import Record, SourceSpec, read_records
 from online.domains import DomainSpec, with_domains
 from online.drafts import Draft
@@ -52,6 +53,9 @@ class RowsSpec(Strict):
     """One template for each choice; each makes a row of one group, with the choice at the end of the second segment."""
     label: LabelSpec | None = None
     """The label of a record; for choices the number of the right one."""
+    cloze: ClozeSpec | None = None
+    """Rows in which a masked word stands for the label: ``text`` has a field {mask}, as in "{sentence1} It was {mask}."; goes with
+    objective mlm, which then masks nothing else."""
     group: str | None = None
     """Column; consecutive records of one source with one value are read together (MultiRC: the question)."""
     response: str | None = None
@@ -106,7 +110,7 @@ class RowsSpec(Strict):
         return self
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
-        fields = [name for template in self.text for name in Template(template).fields]
+        fields = self._fields
         yield not fields, "text: expected a column name between braces, such as {text}"
         whole = len(self.text) == 1 and not (self.choices or self.label or self.group or self.spans)
         yield self.long != "truncate" and not whole, f"long: {self.long} takes one text template and no choices, label, group or spans"
@@ -119,6 +123,7 @@ class RowsSpec(Strict):
         yield not answered, f"response: expected a field of a causal row's text, with long: truncate, found {self.response}"
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
+        yield from cloze_problems(self) if self.cloze else ()
         grouped = bool(self.choices) or self.group is not None
         yield self.interchange is not None and grouped, "interchange: pairs are groups: leave choices and group out"
         masked = self.interchange is not None and self.interchange.positions == "masked"
@@ -141,9 +146,15 @@ class RowsSpec(Strict):
             yield len(self.label.classes) not in (0, len(self.choices)), f"label: expected {len(self.choices)} classes, one for each choice"
 
     @property
+    def _fields(self) -> list[str]:
+        """The columns of the text, in the order of their templates."""
+        fields = [name for template in self.text for name in Template(template).fields]
+        return [name for name in fields if name != MASK] if self.cloze else fields
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """All columns that are read."""
-        used = [name for template in (*self.text, *self.choices) for name in Template(template).fields]
+        used = [*self._fields, *(name for choice in self.choices for name in Template(choice).fields)]
         used += [name for span in self.spans for name in span.columns]
         used += [self.label.column] if self.label else []
         used += [self.group] if self.group else []
@@ -183,7 +194,8 @@ def iter_groups(
         records = read_records(spec.sources, spec.columns, digest=digest if number_of_copy == 0 else None, read_rows=read_rows)
         records = (_held_out(record, spec) for record in records)
         records = with_domains(records, spec.domain) if spec.domain else records
-        drafted = examples(records, spec, tokenizer) if spec.long == "truncate" else documents(records, spec, tokenizer)
+        build = clozes if spec.cloze else examples if spec.long == "truncate" else documents
+        drafted = build(records, spec, tokenizer)
         for drafts in paired(drafted, spec.seed, number_of_copy) if spec.interchange else drafted:
             group = next(number)
             rows = [finish(draft, number_of_copy, group) for draft in drafts]
@@ -229,7 +241,7 @@ def _fill(writer: RowWriter, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase,
         tokenizer=tokenizer_fingerprint(tokenizer),
         corpus=corpus.hexdigest(),
         building=building_fingerprint(spec),
-        options=spec.model_dump(mode="json"),
+        options=spec.model_dump(mode="json") | ({"verbalisers": list(verbalisers(spec.cloze, tokenizer))} if spec.cloze else {}),
         made=made,
         domains=spec.domain.classes if spec.domain else (),
     )
@@ -246,7 +258,7 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
     # rows without these are as they always were
-    later = {name for name in ("domain", "phrases", "interchange", "response") if getattr(spec, name) is None}
+    later = {name for name in ("domain", "phrases", "interchange", "response", "cloze") if getattr(spec, name) is None}
     options = spec.model_dump(mode="json", exclude={"sources", *later})
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 
@@ -282,7 +294,7 @@ class _Finish:
 
     def __call__(self, draft: Draft, number_of_copy: int, group: int) -> Row:
         ids, token_labels, labelled = draft.ids, draft.token_labels, 0
-        if self.spec.objective == "mlm":
+        if self.spec.objective == "mlm" and self.spec.cloze is None:
             ids, token_labels = self.masked(draft, number_of_copy)
         elif self.spec.objective == "causal":
             labelled = len(ids) - (1 if draft.documents is None else int(draft.documents[-1]) + 1)

@@ -136,6 +136,12 @@ class RowsInfo(Strict):
         """Whether rows stand in pairs that know what each takes of the other (store.pairs)."""
         return "interchange" in self.slot_crcs
 
+    @property
+    def verbalisers(self) -> tuple[int, ...]:
+        """Vocabulary id of the word that stands for each class, where rows are clozes; none elsewhere."""
+        found = self.origins[0].options.get("verbalisers")
+        return tuple(int(number) for number in found if isinstance(number, int)) if isinstance(found, list) else ()
+
     def chunk(self, array: ArraySpec, positions: str) -> int:
         """Units of an inner chunk of an array with values for ``positions``."""
         return self.chunk_tokens if positions == "all" and array.compression == "none" else CHUNK
@@ -288,6 +294,9 @@ def _check(manifest: Manifest) -> None:
     if not (schema_1 or others == needed) or any(len(crcs) != rows.slots for crcs in rows.slot_crcs.values()):
         raise ValueError(f"manifest: expected a checksum for each of {rows.slots} slots")
     _check_distinct("rows", rows.domains)
+    found = rows.verbalisers
+    if found and (len(set(found)) != len(rows.task.classes) or not all(0 <= number < 2**31 for number in found)):
+        raise ValueError(f"manifest: expected a word for each of {len(rows.task.classes)} classes, found {brief(list(found))}")
     for name, info in manifest.passes.items():
         layout.pass_name(name)
         _check_pass(name, info, rows)

@@ -121,6 +121,8 @@ def _labelled(length: int, spec: RowsSpec) -> int:
     """Labelled tokens of a row."""
     if spec.objective == "causal":
         return length - 1
+    if spec.cloze is not None:
+        return 1
     if spec.objective == "mlm":
         return max(1, round(length * spec.mask_probability))
     return length if spec.task.kind == "token" else 0
