@@ -17,6 +17,8 @@ def unlearnable(method: Method, student: ModelShape, rows: RowsInfo) -> str:
         return f"have no masked words; build rows with objective: mlm (found {rows.objective})"
     if "labels" in positions and rows.objective == "plain" and rows.task.kind != "token":
         return "have no labelled tokens; build rows with objective: mlm or causal, or with labels of tokens"
+    if method.reads_clozes and not rows.verbalisers:
+        return "are no clozes (rows.cloze in the dump's recipe makes them)"
     if method.reads_phrases and all(array.name != "phrases" for array in rows.token_arrays):
         return "have no phrases (rows.phrases in the dump's recipe marks them)"
     if method.reads_domains and not rows.domains:

@@ -73,10 +73,12 @@ def qwen(**sizes: int) -> PreTrainedConfig:
 
 
 LABELS = {"label": {"column": "label", "classes": ["a", "b", "c"]}, "domain": {"column": "genre", "classes": ["x", "y", "z"]}}
+CLOZE = {"label": {"column": "label", "classes": ["a", "b", "c"]}, "cloze": {"words": ["w7", "w3", "w11"]}}
 SETTINGS = {
     "mlm": Setting("masked_lm", BertConfig, {"objective": "mlm", "mask_probability": 0.4}),
     "pairs": Setting("masked_lm", BertConfig, {"objective": "mlm", "interchange": {"share": 0.5}}),
     "modern": Setting("masked_lm", lambda **sizes: ModernBertConfig(**sizes, local_attention=6), {"objective": "mlm"}),
+    "cloze": Setting("masked_lm", BertConfig, {**CLOZE, "objective": "mlm", "text": "{text} w5 {mask}", "slot_tokens": 1024}, 1024, 17),
     "class": Setting("classification", BertConfig, {**LABELS, "slot_tokens": 1024}, 1024, 17),
     "causal": Setting("causal_lm", qwen, {"objective": "causal"}),
     "answers": Setting("causal_lm", qwen, {"objective": "causal", "text": "{genre} {label} {text}", "response": "text"}),

@@ -15,6 +15,8 @@ from student_train.methods.att_kl import AttKL
 from student_train.methods.att_mse import AttMSE
 from student_train.methods.base import Method, TeacherShapes
 from student_train.methods.ckd import CKD
+from student_train.methods.cloze_kd import ClozeKD
+from student_train.methods.cloze_loss import ClozeLoss
 from student_train.methods.continuation_kd import ContinuationKD
 from student_train.methods.contrast import Contrast
 from student_train.methods.dgkd import DGKD
@@ -59,7 +61,9 @@ from student_train.methods.val_kl import ValKL
 METHODS: dict[str, type[Method]] = {
     "task_loss": TaskLoss,
     "lm_loss": LMLoss,
+    "cloze_loss": ClozeLoss,
     "kd": KD,
+    "cloze_kd": ClozeKD,
     "annealing_kd": AnnealingKD,
     "continuation_kd": ContinuationKD,
     "lm_kd": LMKD,

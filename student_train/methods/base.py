@@ -118,6 +118,8 @@ class Method(nn.Module):
         """Whether a term needs rows with phrases."""
         self.reads_domains = False
         """Whether a term needs rows with domains."""
+        self.reads_clozes = False
+        """Whether a term needs rows that are clozes, and so their classes' words."""
         self.interventions: Mapping[str, Intervention] = {}
         """Teacher -> what is written into it while it answers; nothing is into others."""
         self.domains: int | None = None

@@ -27,8 +27,9 @@ from student_train.methods.divergences import (
     total_variation,
 )
 from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
+from student_train.methods.losses import mse as raw_mse
 
-Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward", "skew_reverse", "adaptive_kl", "total_variation", "mse"]
+Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward", "skew_reverse", "adaptive_kl", "total_variation", "mse", "raw_mse"]
 
 
 class Entry(NamedTuple):
@@ -53,6 +54,7 @@ DIVERGENCES: dict[Name, Entry] = {
     "adaptive_kl": Entry(adaptive_kl, "head", 0.5),
     "total_variation": Entry(total_variation, power=1),
     "mse": Entry(mse, power=0),
+    "raw_mse": Entry(raw_mse, power=0),
 }
 
 
@@ -73,10 +75,11 @@ class LMKD(Method):
       or in the others; unset .5 (AKL, Wu et al. 2024, arXiv 2404.02657).
     - ``total_variation``: half the sum of |p - q| (Wen et al. 2023, arXiv 2307.15190).
     - ``mse``: squared difference of centred logits, mean over words (Hinton et al. 2015, section 2.1).
+    - ``raw_mse``: the same of the logits as they are, though a constant on all words changes no prediction (GLMD's ablation; TMKD).
 
-    Factor for T: for large T, p - q shrinks as 1 / T, and total variation with it, so that is multiplied by T. All others but ``mse`` are
-    quadratic in p - q where the two are near, as the KL is, and multiplied by T^2; so no gradient shrinks as T grows. For all but
-    KL(p || q) these factors are ours. ``mse`` has no T: it is what twice T^2 KL comes to as T grows.
+    Factor for T: for large T, p - q shrinks as 1 / T, and total variation with it, so that is multiplied by T. All others but the two
+    mse are quadratic in p - q where the two are near, as the KL is, and multiplied by T^2; so no gradient shrinks as T grows. For all
+    but KL(p || q) these factors are ours. The mse have no T: ``mse`` is what twice T^2 KL comes to as T grows.
 
     ``top`` unset reads dense word logits, which a store derives from ``head_input``. ``top: K`` reads the teacher's K
     likeliest words with the mass of all others:
@@ -91,6 +94,10 @@ class LMKD(Method):
     the student believes in, or at all, and are refused with ``top``.
 
     Dense logits in other divergences than KL(p || q) are compared in chunks of tokens, which are computed again for the gradient.
+
+    GLMD (Tan et al. 2023, arXiv 2306.06625), L_sp: ``positions: all`` and ``temperature: 15``. Its code divides by all B S places of a
+    batch padded to S tokens, padding and left-out tokens too, so that short rows count less: ``row_length: S`` does so, with S a
+    number of the recipe, whatever the padding here. By default the mean is over the tokens.
 
     Term ``words``: sum over tokens.
     """
@@ -112,6 +119,7 @@ class LMKD(Method):
         head: Annotated[float, Field(gt=0, lt=1)] | None = None,
         top: Annotated[int, Field(ge=1)] | None = None,
         tail: Literal["ghost", "none"] = "ghost",
+        row_length: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         check_site("lm_logits", student, teacher)
         check_equal("heads", student.head, teacher.head)
@@ -125,7 +133,7 @@ class LMKD(Method):
             if value is not None and option != chosen.option:
                 owners = " or ".join(name for name, entry in DIVERGENCES.items() if entry.option == option)
                 raise ValueError(f"{option}: goes with divergence {owners}, found divergence: {divergence}; leave {option} out")
-        if divergence == "mse" and temperature != 1:
+        if divergence in ("mse", "raw_mse") and temperature != 1:
             raise ValueError(f"temperature: the mse of logits has none, it compares them as they are, found {temperature}; leave it out")
         if top is not None and not chosen.top:
             raise ValueError(
@@ -145,9 +153,11 @@ class LMKD(Method):
         value = given.get(chosen.option)
         parameters = {chosen.option: chosen.usual if value is None else value} if chosen.option else {}
         self.divergence, self.power = partial(chosen.of, **parameters), chosen.power
-        self.plain = divergence == "forward_kl"
+        self.plain, self.raw, self.row_length = divergence == "forward_kl", divergence == "raw_mse", row_length
 
     def counts(self, batch: Batch) -> Terms:
+        if self.row_length is not None:
+            return {"words": unit_count(batch, "row") * self.row_length}
         return {"words": unit_count(batch, self.positions)}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
@@ -169,6 +179,8 @@ class LMKD(Method):
         temperature = self.now(self.temperature)
         if self.plain:
             return kl(student_UV, teacher_UV, temperature).sum()
+        if self.raw:
+            return raw_mse(student_UV, teacher_UV).sum()
         return temperature**self.power * of_tokens(self.divergence, student_UV, teacher_UV, temperature).sum()
 
 

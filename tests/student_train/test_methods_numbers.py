@@ -178,7 +178,7 @@ def part(batch: Batch, features: Features, rows: slice) -> tuple[Batch, Features
         return value[first:last] if key.positions in ("labels", "masked") else value[rows]
 
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    smaller = Batch(**{name: value if value is None else value[rows] for name, value in values.items()})
+    smaller = Batch(**{name: value if value is None or name == "verbalisers" else value[rows] for name, value in values.items()})
     return smaller, {k: TopK(*(cut(k, x) for x in v)) if isinstance(v, TopK) else cut(k, v) for k, v in features.items()}
 
 

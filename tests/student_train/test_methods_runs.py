@@ -28,18 +28,23 @@ LOOP: dict[str, Any] = {"pass_name": "tiny", "bank": False, "steps": 8, "trainer
 ELSEWHERE = {"rw_kd", "meta_kd", "hrkd", "gkd", "minillm", "distillm", "distillm2", "diito"}
 """Need more of their rows: tests/student_train/test_row_weights.py, test_on_policy.py, test_diito.py."""
 WORDS = {"lm_loss", "lm_kd", "distilbert"}
+CLOZES = {"cloze_loss", "cloze_kd"}
 CLOCK = ("tokens_per_second", "loader_wait")
 
 
 @pytest.fixture(scope="module")
 def store_of(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Method -> 40 rows and all that a teacher of 4 blocks answers: labelled ones with phrases, or for word predictions masked ones."""
+    """Method -> 40 rows and all that a teacher of 4 blocks answers: labelled ones with phrases, masked ones for words, or clozes."""
     features, folder = ["hidden.*@all", "attention_scores.*", "value.*"], tmp_path_factory.mktemp("runs")
     labelled: Path = stores.write_store(
         folder / "labelled", "classification", [*features, "query.*", "key.*", "task_logits@row"], phrases={"words": 2}
     )
     masked: Path = stores.write_store(folder / "masked", "masked_lm", [*features, "lm_logits@all"], objective="mlm", mask_probability=0.4)
-    return lambda method: masked if method in WORDS else labelled
+    words = {"cloze": {"words": ["bad", "good"]}, "label": {"column": "label", "classes": ["negative", "positive"]}}
+    clozes: Path = stores.write_store(
+        folder / "clozes", "masked_lm", ["lm_logits@all"], objective="mlm", text="{text} it was {mask}", **words
+    )
+    return lambda method: clozes if method in CLOZES else masked if method in WORDS else labelled
 
 
 def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -42,7 +42,13 @@ def make_batch(labels: str = "") -> Batch:
         token_labels = torch.full((5, 8), IGNORED)
         for row, token, label in [(0, 1, 2), (0, 6, 0), (1, 4, 1), (3, 0, 2), (3, 2, 2)]:
             token_labels[row, token] = label
+    verbalisers = torch.tensor([4, 0, 7]) if labels == "clozes" else None
+    if labels == "clozes":  # one masked token a row
+        token_labels = torch.full((5, 8), IGNORED)
+        for row, token, label in [(0, 5, 4), (1, 6, 7), (2, 0, 0), (3, 3, 0), (4, 0, 7)]:
+            token_labels[row, token] = label
     row_labels = {
+        "clozes": torch.tensor([0, 2, IGNORED, 1, 2]),
         "classes": torch.tensor([0, 2, IGNORED, 1, 2]),
         "scores": torch.tensor([0.5, math.nan, 1.0, -2.0, 0.0]),
         "choices": torch.tensor([0, 1, 0, 0, 1]),
@@ -67,7 +73,7 @@ def make_batch(labels: str = "") -> Batch:
     written = torch.tensor([False, True, False, True, False]) if labels == "answers" else None
     return Batch(
         torch.arange(5), torch.ones(5, 8).long(), mask, None, None, None, token_labels, row_labels, groups, domains, phrases,
-        interchange, draws, written,
+        interchange, draws, written, verbalisers,
     )  # fmt: skip
 
 
