@@ -6,6 +6,7 @@ import json
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from online.kept_words import kept_words
 from online.sharding import Weights
 
 _NO_COMPUTATION = frozenset(
@@ -28,7 +29,8 @@ _NO_COMPUTATION = frozenset(
 
 
 def weights_fingerprint(model: PreTrainedModel, weights: Weights) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all weights, and the configuration that shapes the computation.
+    """SHA-256 over the names, dtypes, shapes and bytes of all weights, the configuration that shapes the computation, and the words that
+    a model with a smaller vocabulary keeps.
 
     Sharded weights are gathered one after the other, so that the fingerprint is that of the model on one rank.
     """
@@ -39,6 +41,8 @@ def weights_fingerprint(model: PreTrainedModel, weights: Weights) -> str:
         tensor = weights.whole(lying)
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if (words := kept_words(model)) is not None:
+        digest.update(words.fingerprint.encode())
     return digest.hexdigest()
 
 

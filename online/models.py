@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 from online.batch import Batch
 from online.families import FAMILIES, Family, attention_implementation, read_wiring, submodule, typed_windows
 from online.fingerprints import weights_fingerprint
+from online.kept_words import take_words, without_padding_beyond
 from online.masks import document_masks, token_positions
 from online.narrow_head import NarrowHead
 from online.quiet import quiet
@@ -157,8 +158,7 @@ def load_model(
         device: Where its weights go; the CPU by default.
 
     Raises:
-        ValueError: the folder is missing, is no model folder, holds an encoder-decoder, an unknown family without
-            ``modules``, or lacks weights that the head needs.
+        ValueError: no model folder, an encoder-decoder, an unknown family without ``modules``, or weights that the head needs are missing.
     """
     config = load_config(spec.model, spec.trust_remote_code)
     shape = model_shape(config, spec.head, spec.modules)
@@ -181,13 +181,14 @@ def load_model(
                 "use_safetensors": True,
             }
             load = loader("none" if sharding is None else sharding.kind)
-            with talking():
+            with talking(), without_padding_beyond(config):
                 model, report, weights = load(HEADS[spec.head], arguments, sharding or Sharding(), device or torch.device("cpu"))
         except ShardingError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ValueError(f"{spec.model} cannot be loaded with the head {spec.head}: {_first_line(error)}") from error
     _refuse_random_weights(spec, model, report)
+    take_words(model, spec.model, config.pad_token_id)
     has_tokenizer = any((spec.model / name).exists() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(spec) if spec.tokenizer is not None or has_tokenizer else None
     if model.config.pad_token_id is None and spec.head == "classification":

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from online.families import FAMILIES
+from online.kept_words import words_of
 from online.models import CustomModules, ModelSpec, load_config, model_shape
 from store.features import FeatureKey
 from store.manifest import Task
@@ -22,7 +23,7 @@ from store.strict import did_you_mean, explain
 from student_train.blocks import Source
 from student_train.importance import Look, block_keys, chosen_by_influence, width_keys
 from student_train.narrow import WIDTHS, Sizes, check_sizes
-from student_train.recipe import ImportantLayers, StudentSpec
+from student_train.recipe import DataSpec, ImportantLayers, StudentSpec
 
 LABELLED_HEADS = ("classification", "token_classification")
 
@@ -50,6 +51,10 @@ class Blueprint:
     """Where the activations lie that importance is measured by; None where nothing is chosen by it."""
     reads: frozenset[FeatureKey] = frozenset()
     """What is read there."""
+    words: int | None = None
+    """Ids of the tokenizer where the student keeps only some words (its configuration says how many); None where it has all."""
+    corpus: tuple[DataSpec, ...] = ()
+    """Rows whose words are counted to choose them, with ``spec.vocabulary``."""
     undecided: bool = False
     """Whether the activations that blocks are to be chosen by are not there yet: the first blocks stand in their place."""
 
@@ -66,7 +71,8 @@ def folder_blueprint(spec: StudentSpec, task: Task) -> Blueprint:
         config.num_labels = spec.model.labels
     if spec.model.new_head:
         config.id2label, config.label2id = _class_names(task, config.num_labels)
-    return Blueprint(spec, config, spec.model.head, Source(spec.model.model, spec.model.head), spec.model, None, spec.model.modules)
+    source = Source(spec.model.model, spec.model.head)
+    return Blueprint(spec, config, spec.model.head, source, spec.model, None, spec.model.modules, words=words_of(source.folder))
 
 
 def continued_blueprint(spec: StudentSpec, earlier: Blueprint, folder: Path, task: Task) -> Blueprint:
@@ -75,7 +81,7 @@ def continued_blueprint(spec: StudentSpec, earlier: Blueprint, folder: Path, tas
     if earlier.custom is not None:
         return Blueprint(spec, earlier.config, earlier.head, source, earlier.tokenizer, None, earlier.custom)
     made = derived_blueprint(spec, source, earlier.config, task)
-    return replace(made, tokenizer=earlier.tokenizer, origin=earlier.origin, undecided=earlier.undecided)
+    return replace(made, tokenizer=earlier.tokenizer, origin=earlier.origin, words=earlier.words, undecided=earlier.undecided)
 
 
 def derived_blueprint(
@@ -133,6 +139,7 @@ def derived_blueprint(
         taken=candidates if undecided else taken,
         look=look if _by_importance(spec) else None,
         reads=_reads(spec, wide, config, candidates),
+        words=words_of(source.folder),
         undecided=undecided,
     )
 

@@ -16,6 +16,7 @@ from student_train.moment import START, Moment
 from student_train.recipe import MethodSpec
 from student_train.schedule import at
 from student_train.step import Step, Survey, run
+from student_train.translation import translated
 
 Answered = tuple[Batch, Features]
 """Rows and what their teachers answer."""
@@ -105,6 +106,8 @@ class Bundle(nn.Module):
             meta: Held-out rows with what their teacher answers.
             past: Micro-batches of earlier steps, as far back as ``looks_back`` says; read again.
         """
+        batch, teacher = translated(self.loaded, batch, teacher)
+        meta, past = None if meta is None else translated(self.loaded, *meta), [translated(self.loaded, *one) for one in past]
         methods = self.taking_part(taught, batch.written is not None)
         for name, method in methods.items():
             own = None if meta is None else (meta[0], self.of_teacher(name, meta[1]) if meta[1] else {})

@@ -22,6 +22,7 @@ from store.reader import Store
 from store.together import PassName
 from student_train.bundle import Bundle
 from student_train.metrics import COLUMNS, METRICS, student_keys
+from student_train.translation import translated
 
 BATCH_ROWS = 32
 
@@ -92,6 +93,7 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, 
     for rows in batches(data):
         batch = collate(data.store, rows).to(device)
         teacher: Features = {} if data.teacher is None else data.teacher.features(batch, data.teacher.fetch(rows))
+        batch, teacher = translated(bundle.loaded, batch, teacher)
         with Capture(bundle.loaded, keys) as capture:
             forward(bundle.loaded, batch)
         student = capture.features(batch)

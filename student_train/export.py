@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
-from online.models import HEADS, LoadedModel
+from online.kept_words import FILE, KeptWords, kept_words
+from online.models import HEADS, LoadedModel, ModelSpec, load_tokenizer
 from online.quiet import quiet
 from store.manifest import Provenance
 from store.publish import sync_file, sync_folder
@@ -54,6 +56,9 @@ def export(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores
         student.model.save_pretrained(writing)
     if student.tokenizer is not None:
         student.tokenizer.save_pretrained(str(writing))
+    if (words := kept_words(student.model)) is not None:
+        words.write(writing)
+        check_tokenizer(writing, student.tokenizer)
     (writing / "README.md").write_text(model_card(student, lineage, before, after), encoding="utf-8")
     for path in writing.iterdir():
         sync_file(path)
@@ -61,6 +66,23 @@ def export(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     sync_folder(folder.parent)
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Make sure that every token, of a student's dropped words too, still has an id of its own after ``folder`` is read again.
+
+    Two tokens cannot share an id in a tokenizer's file: after saving and loading one of them would silently be unknown. So the tokenizer
+    stays the teacher's, and the student's own table maps ids.
+
+    Raises:
+        ValueError: a token has another id, or none.
+    """
+    if tokenizer is None:
+        return
+    again, before = load_tokenizer(ModelSpec(model=folder, head="base")).get_vocab(), tokenizer.get_vocab()
+    changed = sorted(token for token in before.keys() | again.keys() if before.get(token) != again.get(token))
+    if changed or len(set(again.values())) < len(again):
+        raise ValueError(f"the tokenizer that was written to {folder} gives other ids than before to {len(changed)} tokens: {changed[:5]}")
 
 
 def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores) -> str:
@@ -78,6 +100,7 @@ def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Sc
         f"```python\nfrom transformers import AutoTokenizer, {HEADS[shape.head].__name__}\n\n"
         f'model = {HEADS[shape.head].__name__}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```',
+        _smaller(words) if (words := kept_words(student.model)) is not None else "",
         "## Teacher\n\n" + ("\n".join(f"- {line}" for line in lineage.teachers) or "None: learned from labels or text alone."),
         "## Data\n\n" + "\n".join(f"- {line}" for line in lineage.data),
         "## Methods\n\n" + "\n".join(methods),
@@ -87,6 +110,16 @@ def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Sc
         f"Command, {lineage.made.created}:\n\n```\n{' '.join(lineage.made.command)}\n```\n\nVersions: {versions}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _smaller(words: KeptWords) -> str:
+    """What must be known of a student that keeps only some words."""
+    return (
+        f"## Words\n\nIt has {len(words.kept):,} of the tokenizer's {words.words:,} words. `{FILE}` says which (`kept`), and for every "
+        "token id which of them it is read as (`places`): **transformers alone does not look ids up there**, so the code above serves for "
+        "what `student-train export FOLDER OUT --to expanded` makes of this folder, a model that takes the tokenizer's ids as they are; "
+        "`--to onnx` writes a file that does so at this size. Word logits of this folder are in the order of `kept`."
+    )
 
 
 def _options(options: Mapping[str, object]) -> str:

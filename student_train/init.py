@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from online.families import FAMILIES, attention_implementation
 from online.fingerprints import weights_fingerprint
+from online.kept_words import KeptWords, map_words, read_kept_words, without_padding_beyond
 from online.models import HEADS, LoadedModel, ModelSpec, load_config, load_model, load_tokenizer
 from online.quiet import quiet
 from store.errors import MissingFeature
@@ -20,6 +21,7 @@ from student_train.blueprint import Blueprint, plain_errors
 from student_train.importance import width_scores
 from student_train.narrow import Scores, Sizes, cut, kept, roles
 from student_train.recipe import ImportantLayers
+from student_train.vocabulary import all_words, choose, forced_words, move_padding, slice_words
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ def check_start(blueprint: Blueprint) -> None:
     Raises:
         ValueError: blocks that the source lacks, or sizes that no model can have.
     """
+    if blueprint.spec.vocabulary is not None:
+        assert blueprint.words is not None
+        forced_words(blueprint.spec.vocabulary, load_tokenizer(blueprint.tokenizer), blueprint.words)
+        blueprint = all_words(blueprint)
     if blueprint.taken and not blueprint.undecided:
         check_blocks(blueprint.source, blueprint.config.model_type, blueprint.taken)
     if blueprint.spec.random is not None:
@@ -65,35 +71,70 @@ def build(blueprint: Blueprint, seed: int) -> Start:
     # a seed of torch's own generator, put back afterwards: making a student must not move the dropout of its training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if spec.model is not None:
-            student = load_model(spec.model)
-            student.model.config.id2label, student.model.config.label2id = blueprint.config.id2label, blueprint.config.label2id
-            return Start.of(student)
-        if blueprint.custom is not None:
-            made = ModelSpec(model=blueprint.source.folder, head=blueprint.head, dtype=spec.dtype, modules=blueprint.custom)
-            return Start.of(load_model(made))
-        tokenizer = load_tokenizer(ModelSpec(model=blueprint.source.folder, head=blueprint.head))
-        if blueprint.head == "classification" and blueprint.config.pad_token_id is None:
-            blueprint.config.pad_token_id = tokenizer.pad_token_id or 0  # transformers refuses batches without one
-        if spec.random is not None:
-            student, notices = (_fresh(blueprint, tokenizer), []) if spec.rest == "random" else _copy(blueprint, tokenizer)
-            return Start.of(student, *notices)
-        if blueprint.wide is None:
-            student, notices = _copy(blueprint, tokenizer)
-        else:
-            wide, notices = _copy(replace(blueprint, config=blueprint.wide), tokenizer)
-            student = _cut(blueprint, wide)
-    return Start.of(student, *notices, *_choices(blueprint))
+        student, notices = _made(blueprint) if spec.vocabulary is None else _compressed(blueprint)
+    return Start.of(student, *notices)
+
+
+def _made(blueprint: Blueprint) -> tuple[LoadedModel, list[str]]:
+    """The student with the words that it starts from."""
+    spec = blueprint.spec
+    if spec.model is not None:
+        student = load_model(spec.model)
+        student.model.config.id2label, student.model.config.label2id = blueprint.config.id2label, blueprint.config.label2id
+        return student, []
+    if blueprint.custom is not None:
+        made = ModelSpec(model=blueprint.source.folder, head=blueprint.head, dtype=spec.dtype, modules=blueprint.custom)
+        return load_model(made), []
+    tokenizer = load_tokenizer(ModelSpec(model=blueprint.source.folder, head=blueprint.head))
+    if blueprint.head == "classification" and blueprint.config.pad_token_id is None:
+        blueprint.config.pad_token_id = tokenizer.pad_token_id or 0  # transformers refuses batches without one
+    notices: list[str] = []
+    if spec.random is not None:
+        student, notices = (_fresh(blueprint, tokenizer), []) if spec.rest == "random" else _copy(blueprint, tokenizer)
+    elif blueprint.wide is None:
+        student, notices = _copy(blueprint, tokenizer)
+    else:
+        wide, notices = _copy(replace(blueprint, config=blueprint.wide), tokenizer)
+        student = _cut(blueprint, wide)
+    if (words := read_kept_words(blueprint.source.folder)) is not None:
+        _take_words(student, blueprint, words)
+    return student, [*notices, *(_choices(blueprint) if spec.random is None else [])]
+
+
+def _compressed(blueprint: Blueprint) -> tuple[LoadedModel, list[str]]:
+    """The student with the words that its ``vocabulary`` leaves, and what they are."""
+    words = choose(blueprint)
+    if blueprint.spec.random is not None and blueprint.spec.rest == "random":
+        student, notices = _made(blueprint)
+    else:
+        whole, notices = _made(all_words(blueprint))
+        slice_words(whole.model, blueprint.head, blueprint.config, words.kept)
+        student = LoadedModel.of(whole.model, blueprint.head, whole.tokenizer)
+    _take_words(student, blueprint, words)
+    dropped = words.words - len(words.kept)
+    return student, [
+        *notices,
+        f"vocabulary: {len(words.kept):,} of {words.words:,} words are kept; {words.representatives:,} different ones of them stand for "
+        f"the {dropped:,} others",
+    ]
+
+
+def _take_words(student: LoadedModel, blueprint: Blueprint, words: KeptWords) -> None:
+    """Let ``student``, which has a row for each of ``words``, take ids of the whole vocabulary."""
+    if blueprint.spec.random is not None and blueprint.spec.rest == "random":
+        move_padding(student.model, words)
+    map_words(student.model, words)
 
 
 def _fresh(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     """The student with random weights."""
-    with plain_errors("student.random"):
+    with plain_errors("student.random"), without_padding_beyond(blueprint.config):
         model = HEADS[blueprint.head].from_config(  # type: ignore[attr-defined]
             blueprint.config,
             dtype=getattr(torch, blueprint.spec.dtype),
             attn_implementation=attention_implementation(blueprint.config.model_type),
         )
+    model.config.pad_token_id = blueprint.config.pad_token_id
     return LoadedModel.of(model.eval(), blueprint.head, tokenizer)
 
 
@@ -108,7 +149,7 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> tuple[Loa
     student = _on_paper(blueprint)
     others, model_class = _other_layers(blueprint, student) if random_blocks else set(), type(student)
     weights = {name: weight for name, weight in weights.items() if _layer(name, student) not in others}
-    with quiet(), plain_errors(str(source.folder)):
+    with quiet(), plain_errors(str(source.folder)), without_padding_beyond(config):
         model, report = model_class.from_pretrained(
             None,
             config=config,
@@ -118,6 +159,7 @@ def _copy(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase) -> tuple[Loa
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    model.config.pad_token_id = config.pad_token_id
     fresh = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if random_blocks:
         fresh = [name for name in fresh if not numbers.search(name)]
@@ -173,7 +215,7 @@ def _choices(blueprint: Blueprint) -> list[str]:
 
 def _on_paper(blueprint: Blueprint) -> PreTrainedModel:
     """The student without memory for its weights."""
-    with torch.device("meta"), plain_errors("student"):
+    with torch.device("meta"), plain_errors("student"), without_padding_beyond(blueprint.config):
         model = HEADS[blueprint.head].from_config(blueprint.config)  # type: ignore[attr-defined]
     assert isinstance(model, PreTrainedModel)
     return model

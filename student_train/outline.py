@@ -28,6 +28,7 @@ from student_train.methods.base import SAME_AS_INIT, Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
 from student_train.output import student_folder
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
+from student_train.vocabulary import as_seen, check_words, compressed
 
 Keys = frozenset[FeatureKey]
 Passes = dict[tuple[Path, PassName], Keys]
@@ -93,9 +94,9 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
     read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
     manifests = {data.store: _manifest(data.store, folders) for data in read}
     live = live_shapes(phase.live)
-    shapes = {data: live or _teacher_shapes(data, manifests[data.store], folders) for data in read}
     blueprint = _blueprint(recipe, phase, folders)
     student = blueprint.shape
+    shapes = {data: as_seen(live or _teacher_shapes(data, manifests[data.store], folders), blueprint) for data in read}
     taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher != "none" else []
     if any(found != taught[0] for found in taught):
         raise ValueError("its data has teachers of different names or shapes; all data of a phase that has teachers has the same")
@@ -121,6 +122,7 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
             for teacher in phase.live.values():
                 check_live(teacher, manifest.rows, str(store))
     for spec, method in methods:
+        check_words(spec.name, method, blueprint)
         if (method.live or method.rewrites) and not phase.live:
             raise ValueError(
                 f"methods: {spec.name} needs its teacher at work: give the phase teacher: {{online: {{model: FOLDER, head: HEAD}}}} "
@@ -241,6 +243,11 @@ def _read_of(name: str, methods: list[tuple[MethodSpec, Method]]) -> Keys:
 
 
 def _blueprint(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Blueprint:
+    made = _started(recipe, phase, folders)
+    return made if phase.student.vocabulary is None else compressed(made, phase.data)
+
+
+def _started(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Blueprint:
     spec = phase.student
     manifest = _manifest(phase.data[0].store, folders)
     task = _task(_folder(folders, phase.data[0].compared_pass)) if manifest is None else manifest.rows.task

@@ -99,6 +99,22 @@ class ImportantLayers(Strict):
     """1 - the mean cosine of a block's input and output, from the hidden states that the store's pass holds."""
 
 
+class VocabularySpec(Strict):
+    """The words that the student keeps (GLMD's vocabulary compression, arXiv 2306.06625; docs/vocabulary.md). Each dropped word is read as
+    the kept one that stands for it. Later phases that start from this student go on with the same words."""
+
+    rate: float = Field(default=0.5, gt=0, le=1)
+    """Share of the words that stay, the most frequent ones of the phase's rows; their number is rounded up to a multiple of 128."""
+    map: Literal["inner_product", "cosine", "euclidean", "unk"] = "inner_product"
+    """Which kept word stands for a dropped one: that whose word embedding has the largest inner product or cosine with its own, or lies
+    nearest to it; ``unk``: the unknown token for all."""
+    keep: tuple[str, ...] = ()
+    """Words of one token each that stay however rare they are, such as the verbalisers of later phases; each also in lower case where that
+    is one token. Special tokens always stay."""
+    source: Path | None = None
+    """Folder of the model whose word embeddings are compared, the pretrained teacher's; by default what the student starts from."""
+
+
 class StudentSpec(Strict):
     """Where the student's first weights come from; exactly one of ``model``, ``layers`` (with or without ``width``, which by itself takes
     all blocks), ``phase``, ``random``."""
@@ -129,6 +145,8 @@ class StudentSpec(Strict):
     labels: int | None = Field(default=None, ge=1)
     """Outputs of a task head; the source's by default, or the classes of the store's labels where the head is new."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    vocabulary: VocabularySpec | None = None
+    """Keep only some words, with any start; by default all, or those that what it starts from keeps."""
 
     @field_validator("layers")
     @classmethod

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from online.kept_words import kept_words
 from online.ranks import Ranks
 from store import order
 from store.manifest import Json
@@ -90,7 +91,8 @@ def train(
         every_backward=phase.zero is not None,
     )
     ranks = Ranks(args.ddp_timeout)
-    settings = _settings(phase, data, seed, ranks.count)
+    words = kept_words(bundle.student)
+    settings = _settings(phase, data, seed, ranks.count) | ({} if words is None else {"words": words.fingerprint})
     check_same_run(ranks, settings)
     resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
     step = 0 if resumed is None else checkpoint.step_of(resumed)
