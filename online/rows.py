@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from online.batch import BUCKET
+from online.chat import ChatSpec, chat_problems, conversations
 from online.cloze_rows import MASK, ClozeSpec, cloze_problems, clozes, verbalisers
 from online.corpus import Record, SourceSpec, read_records
 from online.domains import DomainSpec, with_domains
@@ -61,6 +62,8 @@ class RowsSpec(Strict):
     response: str | None = None
     """Field of the text at which, in causal rows, a response begins: it alone is scored, and what stands in front of it is its prompt.
     A token that reaches into it belongs to it."""
+    chat: ChatSpec | None = None
+    """Conversations in place of texts, as the tokenizer's chat template writes them; what the assistant says is scored, and it alone."""
     spans: tuple[SpanSpec, ...] = ()
     """Marked stretches of text that metrics need."""
     domain: DomainSpec | None = None
@@ -121,6 +124,7 @@ class RowsSpec(Strict):
         )
         answered = self.response is None or (self.objective == "causal" and self.long == "truncate" and self.response in fields)
         yield not answered, f"response: expected a field of a causal row's text, with long: truncate, found {self.response}"
+        yield from chat_problems(self) if self.chat else ()
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
         yield from cloze_problems(self) if self.cloze else ()
@@ -147,7 +151,9 @@ class RowsSpec(Strict):
 
     @property
     def _fields(self) -> list[str]:
-        """The columns of the text, in the order of their templates."""
+        """The columns of the text, in the order of their templates, or of conversations."""
+        if self.chat is not None:
+            return list(self.chat.columns)
         fields = [name for template in self.text for name in Template(template).fields]
         return [name for name in fields if name != MASK] if self.cloze else fields
 
@@ -194,7 +200,7 @@ def iter_groups(
         records = read_records(spec.sources, spec.columns, digest=digest if number_of_copy == 0 else None, read_rows=read_rows)
         records = (_held_out(record, spec) for record in records)
         records = with_domains(records, spec.domain) if spec.domain else records
-        build = clozes if spec.cloze else examples if spec.long == "truncate" else documents
+        build = conversations if spec.chat else clozes if spec.cloze else examples if spec.long == "truncate" else documents
         drafted = build(records, spec, tokenizer)
         for drafts in paired(drafted, spec.seed, number_of_copy) if spec.interchange else drafted:
             group = next(number)
@@ -258,7 +264,7 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
     # rows without these are as they always were
-    later = {name for name in ("domain", "phrases", "interchange", "response", "cloze") if getattr(spec, name) is None}
+    later = {name for name in ("domain", "phrases", "interchange", "response", "cloze", "chat") if getattr(spec, name) is None}
     options = spec.model_dump(mode="json", exclude={"sources", *later})
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 
