@@ -16,8 +16,10 @@ from transformers.activations import ACT2FN
 
 from online.batch import Batch, Features, Value, dense, narrowed, take
 from online.masks import pair_mask, token_positions
-from online.vocabulary import top_k
+from online.seeds import seeds
+from online.word_forms import in_form
 from store.features import FeatureKey
+from store.forms import word_form
 from store.shape import ModelShape, Wiring
 
 PAIRWISE = frozenset({"attention_scores", "attention_probs"})
@@ -123,8 +125,10 @@ def _taken(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tens
     return take(sources[0], context.batch, key.positions)
 
 
-def _likeliest(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Value:
-    return top_k(sources[0], int(key.form.removeprefix("top")))
+def _in_form(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Value:
+    form = word_form(key.form)
+    assert form is not None, key
+    return in_form(form, sources[0], seeds(context.batch, key.positions))
 
 
 def _narrowed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
@@ -273,7 +277,7 @@ class Step:
 def steps(key: FeatureKey, shape: ModelShape, wiring: Wiring) -> list[Step]:
     """Every way to get ``key`` in one step, those that compute the fewest tokens first."""
     if key.words:
-        return [] if key.form == "select" else [Step((replace(key, form=""),), (), _likeliest)]
+        return [] if key.form == "select" else [Step((replace(key, form=""),), (), _in_form)]
     if key.kept:
         whole = [Step((replace(key, form=""),), (), _narrowed)]
         return whole if key.positions == "all" else [*whole, Step((key.at("all"),), (), _taken)]

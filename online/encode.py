@@ -4,18 +4,22 @@ Shapes: B rows, T padded tokens, U packed units (the tokens or rows that are sto
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, Selected, TopK, Value, narrowed, take
+from online.batch import IGNORED, Batch, Drawn, Selected, TopDrawn, TopK, Value, narrowed, take
 from online.encoded import Encoded, as_stored
-from online.vocabulary import parts, select, top_k
+from online.ids import unpack
+from online.seeds import seeds
+from online.vocabulary import parts, select
+from online.word_forms import in_form
 from store.codecs import float8, int8
 from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
+from store.forms import word_form
 
 Arrays = Mapping[str, NDArray[np.generic]]
 """Packed arrays of one feature by name, [U, width]; bfloat16 and float8 as their bits in uint16 and uint8."""
@@ -28,7 +32,7 @@ def encode_on_device(key: FeatureKey, value: Value, batch: Batch, spec: FeatureS
     """Pack, reduce and cast ``value`` on its device, without waiting for it but where likeliest words are compared with equal ones.
 
     Args:
-        value: The feature in ``batch``; for the forms ``topK`` and ``select`` the logits themselves.
+        value: The feature in ``batch``; for the forms of word predictions the logits themselves.
     """
     packed = _packed_and_reduced(key, value, batch, spec.ids)
     if spec.codec in _LIMITS:
@@ -37,9 +41,9 @@ def encode_on_device(key: FeatureKey, value: Value, batch: Batch, spec: FeatureS
         exacts = {array.name: cast(Tensor, getattr(packed, array.name) if array.name else packed) for array in spec.arrays}
     arrays, largest = {}, {}
     for array in spec.arrays:
-        exact = exacts[array.name].reshape(-1, array.width)
+        exact = exacts[array.name].reshape(-1, array.numbers)
         stored = as_stored(exact, array)
-        if stored.is_floating_point() and array.name != "values":  # a scale is finite exactly where its values are
+        if exact.is_floating_point() and array.name != "values":  # a scale is finite exactly where its values are
             largest[array.name] = exact.abs().amax(1)
         arrays[array.name] = stored.view(_HELD.get(stored.dtype, stored.dtype))
     return Encoded(key, spec, arrays, largest)
@@ -57,6 +61,11 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
     packed: Value
     if spec.codec == "topk":
         packed = TopK(tensors["ids"], tensors["log_probs"], tensors["log_tail"].squeeze(1))
+    elif spec.codec == "topdraw":
+        packed = TopDrawn(tensors["ids"], tensors["log_probs"], tensors["log_tail"].squeeze(1))
+    elif spec.codec == "draw":
+        counts = tensors["counts"]
+        packed = Drawn(tensors["ids"], counts, tensors.get("log_weights", counts.new_empty(len(counts), 0)))
     elif spec.codec == "select":
         ids = torch.tensor(spec.ids, dtype=torch.int64, device=batch.mask.device)
         logits = tensors.get("logits", torch.empty(len(tensors["log_sum_exp"]), 0, device=ids.device))
@@ -74,25 +83,34 @@ def reduced(key: FeatureKey, packed: Value, batch: Batch, ids: Sequence[int] = (
     """Packed logits [U, V] or vectors [U, W] in the form that ``key`` names; anything else as it is."""
     if not key.form or not isinstance(packed, Tensor):
         return packed
-    return narrowed(packed, key.kept) if key.kept else _form(key, packed, _labels(key, batch), ids)
+    return narrowed(packed, key.kept) if key.kept else _form(key, packed, _units(key, batch), ids)
 
 
 def _packed_and_reduced(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[int]) -> Value:
     """Logits of all tokens a few at a time: packing all of them first would double their memory, and the time that it takes to get it."""
     if not key.words or not isinstance(value, Tensor) or key.positions != "all":
         return reduced(key, packed_value(key, value, batch), batch, ids)
-    logits_NV, labels_U = value.flatten(0, 1), _labels(key, batch)
+    logits_NV, units = value.flatten(0, 1), _units(key, batch)
     count = parts(value, len(batch.real))
-    places = zip(batch.real.tensor_split(count), labels_U.tensor_split(count), strict=True)
-    found = [_form(key, logits_NV.index_select(0, real_M), labels_M, ids) for real_M, labels_M in places]
-    columns = [torch.cat(column) for column in zip(*found, strict=True)]
-    return TopK(*columns) if isinstance(found[0], TopK) else Selected(found[0].ids, *columns[1:])
+    columns = zip(batch.real.tensor_split(count), *(column_U.tensor_split(count) for column_U in units), strict=True)
+    found = [_form(key, logits_NV.index_select(0, real_M), _Units(*chunk), ids) for real_M, *chunk in columns]
+    if isinstance(found[0], Selected):
+        return Selected(found[0].ids, *(torch.cat(column) for column in list(zip(*found, strict=True))[1:]))
+    return type(found[0])(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def _form(key: FeatureKey, logits_MV: Tensor, labels_M: Tensor, ids: Sequence[int]) -> TopK | Selected:
-    if key.form == "select":
-        return select(logits_MV, ids, labels_M)
-    return top_k(logits_MV, int(key.form.removeprefix("top")))
+class _Units(NamedTuple):
+    """What is known of units beside their logits, [U] each."""
+
+    labels: Tensor
+    """The word that each is scored against, IGNORED where there is none."""
+    seeds: Tensor
+    """Of words that are drawn (online.seeds)."""
+
+
+def _form(key: FeatureKey, logits_MV: Tensor, units: _Units, ids: Sequence[int]) -> TopK | Drawn | TopDrawn | Selected:
+    form = word_form(key.form)
+    return select(logits_MV, ids, units.labels) if form is None else in_form(form, logits_MV, units.seeds)
 
 
 _LIMITS = {"int8": int8.LIMIT, "float8": float8.LIMIT}
@@ -134,9 +152,15 @@ def _each(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
     """``value`` with each tensor of a value per token changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, TopK):
-        return TopK(*map(change, value))
-    return Selected(value.ids, *map(change, value[1:]))
+    if isinstance(value, Selected):
+        return Selected(value.ids, *map(change, value[1:]))
+    return type(value)(*map(change, value))
+
+
+def _units(key: FeatureKey, batch: Batch) -> _Units:
+    """Of each unit of ``key``."""
+    seeds_of = seeds(batch, key.positions)
+    return _Units(_labels(key, batch), seeds_of.flatten()[batch.real] if key.positions == "all" else seeds_of)
 
 
 def _labels(key: FeatureKey, batch: Batch) -> Tensor:
@@ -148,6 +172,8 @@ def _labels(key: FeatureKey, batch: Batch) -> Tensor:
 
 
 def _decoded(array: NDArray[np.generic], spec: ArraySpec, device: torch.device) -> Tensor:
+    if spec.bits is not None:
+        return unpack(from_numpy(array, spec.dtype, device, torch.uint8), spec.bits)
     return from_numpy(array, spec.dtype, device, torch.int64 if spec.name == "ids" else torch.float32)
 
 

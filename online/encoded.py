@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import Batch
+from online.ids import pack
 from store.features import ArraySpec, FeatureKey, FeatureSpec
 
 _DTYPES = {
@@ -22,6 +23,7 @@ _DTYPES = {
     "int32": torch.int32,
     "int8": torch.int8,
     "uint16": torch.uint16,
+    "uint8": torch.uint8,
 }
 
 
@@ -34,7 +36,7 @@ class Encoded:
     arrays: dict[str, Tensor]
     """Array name -> [U, width]; bfloat16 and float8 as their bits in int16 and uint8."""
     largest: dict[str, Tensor]
-    """Name of each array of real numbers -> [U] its largest magnitude in each unit before it was cast, NaN where there is one."""
+    """Name of each array of real numbers or counts -> [U] its largest magnitude in each unit before it was cast, NaN where there is one."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -65,7 +67,9 @@ class Encoded:
 
 
 def as_stored(exact: Tensor, array: ArraySpec) -> Tensor:
-    """Rounded to the bits that are kept, and cast; both keep the order of numbers."""
+    """Rounded to the bits that are kept, and cast; both keep the order of numbers. Ids are packed where they are stored so."""
+    if array.bits is not None:
+        return pack(exact, array.bits)
     rounded = exact if array.keep_bits is None else _round_bits(exact, array.keep_bits)
     return rounded.to(_DTYPES[array.dtype])
 
@@ -82,9 +86,9 @@ def _round_bits(values: Tensor, keep_bits: int) -> Tensor:
 def _check_finite(key: FeatureKey, array: ArraySpec, largest_U: Tensor, batch: Batch, sources: Sequence[str]) -> None:
     """A unit is finite as stored exactly where its largest magnitude is."""
     stored_U = as_stored(largest_U, array)
-    bad_U = ~stored_U.isfinite()
+    bad_U = ~stored_U.isfinite() | largest_U.isnan()  # counts are whole numbers once they are stored
     if array.name == "true_logit":  # NaN says that the token has no label
-        bad_U &= ~stored_U.isnan()
+        bad_U &= ~largest_U.isnan()
     if not bad_U.any():
         return
     unit = int(bad_U.nonzero()[0])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from online.batch import IGNORED, Selected, TopK
+from store.codecs.topk import UNUSED
+from store.forms import WordForm
 
 CHUNK, CHUNK_ON_GPU = 1 << 20, 1 << 24
 """Logits worked on at once: a few blocks of 4 MB beside them stay in a processor's caches, of 64 MB they keep a GPU busy. With blocks of
@@ -42,6 +44,20 @@ def top_k(logits: Tensor, k: int) -> TopK:
     lead = logits.shape[:-1]
     ids, log_probs, log_tail = (torch.cat(column) for column in zip(*found, strict=True))
     return TopK(ids.reshape(*lead, k), log_probs.reshape(*lead, k), log_tail.reshape(lead))
+
+
+def nucleus(found: TopK, form: WordForm) -> TopK:
+    """Of the likeliest words ``found`` [..., K] the fewest whose mass reaches ``form.nucleus``, and ``form.least`` at least.
+
+    The mass of those that go is added to that of all others.
+    """
+    if form.nucleus == 1:
+        return found
+    probs = found.log_probs.double().exp()
+    places = torch.arange(form.top, device=probs.device)
+    kept = (probs.cumsum(-1) - probs < form.nucleus) | (places < form.least)
+    lost = torch.cat([found.log_probs.masked_fill(kept, -torch.inf), found.log_tail[..., None]], -1)
+    return TopK(found.ids * kept, found.log_probs.masked_fill(~kept, UNUSED), lost.logsumexp(-1))
 
 
 def _likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from store.forms import word_form
 from store.strict import Many, Strict, did_you_mean
 
 SITES: dict[str, str] = {
@@ -43,9 +44,9 @@ VECTORS = SITES.keys() - {"attention_scores", "attention_probs", "lm_logits", "t
 
 _KEY = re.compile(
     r"(?:(?P<pass_name>[A-Za-z0-9][A-Za-z0-9_-]*)/)?(?P<site>[a-z_]+)(?:\.(?P<layer>\d+))?"
-    r"(?:@(?P<positions>[a-z]+\d*))?(?::(?P<form>[a-z]+\d*))?"
+    r"(?:@(?P<positions>[a-z]+\d*))?(?::(?P<form>[a-z][a-z0-9]*))?"
 )
-_WORDS, _WIDTH, _LEFT = re.compile(r"top[1-9]\d*|select"), re.compile(r"width([1-9]\d*)"), re.compile(r"left([1-9]\d*)")
+_WIDTH, _LEFT = re.compile(r"width([1-9]\d*)"), re.compile(r"left([1-9]\d*)")
 
 
 @dataclass(frozen=True, order=True)
@@ -53,9 +54,9 @@ class FeatureKey:
     """Name of one tensor: ``pass/site.layer@positions:form``.
 
     ``pass_name`` is empty for a student's feature and for a teacher's until the recipe names the pass. ``form`` is
-    empty for the values themselves; ``topK`` (word logits only) is the K likeliest words with their tail mass,
-    ``select`` the logits of chosen words and of the true one with the log-sum-exp of all; ``widthM`` (hidden vectors only) M
-    numbers of each vector, those that ``neurons`` names.
+    empty for the values themselves; of word logits ``topK`` is the K likeliest words with their tail mass, ``drawN`` and ``topHdrawM``
+    have random words (store.forms), and ``select`` has the logits of chosen words and of the true one with the log-sum-exp of all;
+    ``widthM`` (hidden vectors only) is M numbers of each vector, those that ``neurons`` names.
     """
 
     site: str
@@ -78,8 +79,8 @@ class FeatureKey:
             raise ValueError(f"unknown positions {self.positions!r} of {self.site}{did_you_mean(self.positions, sorted(POSITIONS))}{also}")
         if self.form and not ((self.words and self.site == "lm_logits") or (self.kept and self.site in VECTORS)):
             raise ValueError(
-                f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64) and select, hidden vectors have widthM "
-                "(such as width64)"
+                f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64), topKpP (top64p95), drawN (draw50), "
+                "topHdrawM (top4draw9) and select, hidden vectors have widthM (width64)"
             )
 
     def __str__(self) -> str:
@@ -112,7 +113,7 @@ class FeatureKey:
     @property
     def words(self) -> bool:
         """Whether its form is one of word predictions."""
-        return _WORDS.fullmatch(self.form) is not None
+        return self.form == "select" or word_form(self.form) is not None
 
     @property
     def kept(self) -> int:
@@ -179,6 +180,19 @@ class ArraySpec(Strict):
     """Of its inner chunks: Zarr's codec ``blosc`` with zstd behind a bit shuffle."""
     keep_bits: int | None = Field(default=None, ge=1, le=22)
     """Mantissa bits that its numbers were rounded to before they were stored, to nearest even; all by default."""
+    bits: int | None = Field(default=None, ge=8, le=24)
+    """Of each word id where ids are packed into the bytes of the array (store.codecs.ids)."""
+
+    @model_validator(mode="after")
+    def _packed(self) -> Self:
+        if self.bits is not None and (self.dtype != "uint8" or self.width * 8 < self.bits):
+            raise ValueError(f"array {self.name}: ids of {self.bits} bits lie in uint8, {-(-self.bits // 8)} or more")
+        return self
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that it stands for in each unit."""
+        return self.width if self.bits is None else self.width * 8 // self.bits
 
 
 class FeatureSpec(Strict):
@@ -189,7 +203,7 @@ class FeatureSpec(Strict):
     """
 
     key: str = Field(max_length=200)
-    codec: Literal["cast", "topk", "select", "int8", "float8"]
+    codec: Literal["cast", "topk", "select", "int8", "float8", "draw", "topdraw"]
     arrays: Many[ArraySpec]
     ids: Many[int] = ()
     """Vocabulary ids kept by ``select``, in order."""
@@ -227,14 +241,28 @@ class FeatureSpec(Strict):
     @property
     def kept_as(self) -> str:
         """How its numbers are kept, for people: ``bfloat16 of 4 bits, zstd``."""
-        numbers = next(array for array in self.arrays if array.name != "ids")
+        numbers = self.numbers
         bits = f" of {numbers.keep_bits} bits" if numbers.keep_bits else ""
         return f"{numbers.dtype}{bits}, zstd" if self.compressed else f"{numbers.dtype}{bits}"
+
+    @property
+    def numbers(self) -> ArraySpec:
+        """The array in the type that was asked for; of draws without weights their counts."""
+        others = [array for array in self.arrays if array.name != "ids"]
+        return next((array for array in others if array.name == "log_weights"), others[0])
+
+    @property
+    def at_most(self) -> str:
+        """What to say before its bytes, for people: forms that leave places unused take less once compressed."""
+        form = word_form(self.feature.form)
+        return "at most " if self.compressed and form is not None and form.ragged else ""
 
 
 _ARRAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cast": (("",),),
     "topk": (("ids", "log_probs", "log_tail"),),
+    "draw": (("ids", "counts"), ("ids", "counts", "log_weights")),
+    "topdraw": (("ids", "log_probs", "log_tail"),),
     "select": (("logits", "true_logit", "log_sum_exp"), ("true_logit", "log_sum_exp")),
     "int8": (("values", "scale"),),
     "float8": (("values", "scale"),),

@@ -197,6 +197,8 @@ def _sureness(name: str, wanted: Sureness, store: Store, pass_name: PassName | N
         raise ValueError(f"where: {name}: give the data a pass_name, whose teacher it is about")
     key = _answers(name, wanted, store, names(pass_name))
     spec = store.spec(key)
+    if spec.codec == "draw":
+        raise ValueError(f"where: {name}: {key} holds random words, not how sure the teacher was; dump task_logits or a top form too")
     if not key.form and spec.arrays[0].width < 2:
         raise ValueError(f"where: {name}: {key} is one number, which is no distribution over classes")
 
@@ -239,8 +241,8 @@ def sureness(name: str, spec: FeatureSpec, arrays: dict[str, NDArray[Any]]) -> F
     """[u] ``entropy`` or ``confidence`` of stored answers.
 
     With p the probabilities that are stored and q = 1 - sum(p) that of everything else, entropy = -sum(p ln p) - q ln q and confidence =
-    max(p). Classes and whole vocabularies leave nothing else; ``topK`` stores the K likeliest words and q, so that its confidence is exact
-    and its entropy a lower bound; ``select`` is about the chosen words, and for its confidence the true one too.
+    max(p). Classes and whole vocabularies leave nothing else; ``topK`` and ``topHdrawM`` store the likeliest words and q, so that their
+    confidence is exact and their entropy a lower bound; ``select`` is about the chosen words, and for its confidence the true one too.
     """
     values = {array: number.astype(np.float64) for array, number in decode(spec, arrays).items() if array != "ids"}
     if "log_probs" in values:

@@ -26,7 +26,7 @@ from store.shape import ModelShape, Wiring
 from store.shards import CHUNK, MOST_SLOT_TOKENS
 from store.strict import Many, Strict, brief, load_json, parse
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the layout on disk; any change of it gets a new number and a line in CHANGELOG.md. Older ones are read (store.schemas)."""
 
 Json = dict[str, JsonValue]

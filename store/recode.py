@@ -41,8 +41,9 @@ class Keeping:
             ValueError: the feature cannot be kept so.
         """
         key = self.key(old.feature)
-        numbers = next(array for array in old.arrays if array.name != "ids")
-        stored: StoreDtype = old.codec if old.codec in ("int8", "float8") else numbers.dtype  # type: ignore[assignment]
+        numbers = old.numbers
+        counted = numbers.name == "counts"  # whole numbers, which are kept as they are
+        stored: StoreDtype = old.codec if old.codec in ("int8", "float8") else "float32" if counted else numbers.dtype  # type: ignore[assignment]
         dtype = self.dtype if self.dtype is not None and (not key.words or self.dtype in MANTISSA) else stored
         bits = self.keep_bits if self.keep_bits is not None else numbers.keep_bits if dtype == stored else None
         compression = self.compression if self.compression is not None else "zstd" if old.compressed else "none"
@@ -67,10 +68,11 @@ class Keeping:
 
 
 def same_numbers(old: FeatureSpec, new: FeatureSpec) -> bool:
-    """Whether two specs hold the same bits, compressed or not."""
+    """Whether two specs hold the same bits, compressed or not, but for how ids lie."""
 
     def held(spec: FeatureSpec) -> tuple[object, ...]:
-        return spec.codec, spec.ids, [(array.name, array.dtype, array.width, array.keep_bits) for array in spec.arrays]
+        numbers = [(array.name, array.dtype, array.width, array.keep_bits) for array in spec.arrays if array.name != "ids"]
+        return spec.codec, spec.ids, numbers
 
     return held(old) == held(new)
 
@@ -97,7 +99,8 @@ def _recoded(store: Store, pass_name: str, old: FeatureSpec, new: FeatureSpec, r
     if new.feature.positions != old.feature.positions and not mean:
         units = places(store, rows, new.feature.positions)
         arrays = {name: values_UW[units] for name, values_UW in arrays.items()}
-    if same_numbers(old, new) and not mean:
+    lie_alike = [(array.dtype, array.bits) for array in old.arrays] == [(array.dtype, array.bits) for array in new.arrays]
+    if same_numbers(old, new) and lie_alike and not mean:
         return arrays
     values = decode(old, arrays)
     if mean:

@@ -2,7 +2,7 @@
 
 Schema 1 kept what readers need of a row in its Parquet files only, cut every array into chunks of 128 units, and knew
 one origin of rows. Schema 2 did not say how many tokens a teacher batch had. Schema 3 had neither domains nor phrases,
-schema 4 neither pairs of rows nor interventions.
+schema 4 neither pairs of rows nor interventions; schema 5 kept ids of more than 65,536 words as int32 and no random words.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from store.plain import why
 from store.rows import COLUMNS
 from store.shards import MOST_SLOT_TOKENS
 
-READABLE = (1, 2, 3, 4, 5)
+READABLE = (1, 2, 3, 4, 5, 6)
 """Schema versions that this release opens."""
-LINKABLE = (2, 3, 4, 5)
+LINKABLE = (2, 3, 4, 5, 6)
 """Those whose rows lie as today's do: a copy links their files."""
 
 ADDRESSES_1 = ("slot", "offset", "length", "index", "labelled", "labelled_offset")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from online.batch import TopK
+from online.batch import Selected
 from online.collate import collate
 from online.derive import derive
 from online.encode import assemble, from_numpy, packed_value
@@ -44,8 +44,9 @@ class Answers:
         have = {spec.feature: assemble(spec.feature, spec, arrays, batch) for spec, arrays in packed.items()}
         for key, value in derive(self._derived, have, self._statics, batch, self._info.shape, self._info.wiring).items():
             value = packed_value(key, value, batch)
-            if isinstance(value, TopK):
-                yield key, {"ids": value.ids.numpy(), "log_probs": value.log_probs.numpy(), "log_tail": value.log_tail[:, None].numpy()}
-            else:
-                assert isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor):
                 yield key, {"": value.numpy()}
+            else:
+                assert not isinstance(value, Selected)  # its words are stored, never derived
+                named = value._asdict().items()
+                yield key, {name: (array if array.dim() > 1 else array[:, None]).numpy() for name, array in named}

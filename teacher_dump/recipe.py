@@ -28,7 +28,7 @@ class FeatureRequest(Strict):
     keep_bits: int | None = Field(default=None, ge=1, le=23)
     """Mantissa bits that its numbers are rounded to; the recipe's by default, where its type is a float one."""
     compression: Compression | None = None
-    """Of its arrays; the recipe's by default."""
+    """Of its arrays; the recipe's by default, and zstd for word predictions that leave places unused (``topKpP``, ``drawN``)."""
     ids: tuple[int, ...] = ()
     """Vocabulary ids kept by the form ``select``."""
     words: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from online.families import FAMILIES
 from online.rows import RowsSpec
 from store.codecs import check_bits, codec_of
 from store.features import MANTISSA, Compression, FeatureKey, StoreDtype, neurons
+from store.forms import word_form
 from store.shape import Head, ModelShape
 from teacher_dump.recipe import DumpRecipe, FeatureRequest
 
@@ -50,7 +51,7 @@ def resolve(recipe: DumpRecipe, shape: ModelShape, tokenizer: PreTrainedTokenize
     for wanted in recipe.features:
         try:
             ids, dtype = _ids(wanted, shape, tokenizer), wanted.dtype or recipe.dtype
-            bits, compression = _bits(wanted, recipe), wanted.compression or recipe.compression
+            bits, compression = _bits(wanted, recipe), _compression(wanted, recipe)
             for key in expand(wanted.key, shape):
                 _check(key, shape)
                 codec_of(key, dtype)
@@ -104,9 +105,15 @@ def _bits(wanted: FeatureRequest, recipe: DumpRecipe) -> int | None:
     if bits is None and dtype in MANTISSA:  # what the recipe says for float types does not concern the others
         bits = recipe.keep_bits
     kept = check_bits(dtype, bits)
-    if kept is not None and (wanted.compression or recipe.compression) == "none":
+    if kept is not None and _compression(wanted, recipe) == "none":
         raise ValueError(f"keep_bits: {kept} bits of {dtype} take the room of all {MANTISSA[dtype]} without compression: zstd; add it")
     return kept
+
+
+def _compression(wanted: FeatureRequest, recipe: DumpRecipe) -> Compression:
+    """Of a feature: as it says, as the recipe does, or with zstd where its form leaves places unused."""
+    form = word_form(wanted.key.rpartition(":")[2])
+    return wanted.compression or ("zstd" if form is not None and form.ragged else recipe.compression)
 
 
 def _lowest(key: FeatureKey) -> int:
@@ -131,8 +138,8 @@ def _check(key: FeatureKey, shape: ModelShape) -> None:
         raise ValueError(f"{key.site} has a value for each pair of tokens; expected {key.at('all')}, found {key}")
     if key.kept:
         neurons(shape.width_of(key.site), key.kept)
-    if key.form.startswith("top") and int(key.form.removeprefix("top")) > shape.vocab:
-        raise ValueError(f"the teacher knows {shape.vocab} words, fewer than {key.form} asks for")
+    if form := word_form(key.form):
+        form.check(shape.vocab)
 
 
 def _ids(wanted: FeatureRequest, shape: ModelShape, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

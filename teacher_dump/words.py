@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
+from store.codecs.topk import UNUSED
 from store.reader import Store
 
 PLACES = 6
@@ -53,7 +54,8 @@ def predictions(
 ) -> Iterator[str]:
     """For each place the likeliest words, or the ``chosen`` ones and the true one, with their probabilities.
 
-    ``values`` are the arrays of a key of word logits: dense [n, V], of form ``topK`` [n, K] or of form ``select``.
+    ``values`` are the arrays of a key of word logits: dense [n, V], or of one of their forms. Of words drawn from the whole prediction the
+    shares of the draws are shown.
     """
     for unit, place in enumerate(shown[:PLACES]):
         if "log_sum_exp" in values:
@@ -61,8 +63,13 @@ def predictions(
             if place.true is not None:
                 named[f"true {word(place.true)}"] = values["true_logit"][unit, 0]
             found = [(name, math.exp(logit - values["log_sum_exp"][unit, 0])) for name, logit in named.items()]
+        elif "counts" in values:
+            counts = values["counts"][unit]
+            most = np.argsort(-counts, kind="stable")[:WORDS]
+            found = [(word(int(values["ids"][unit, n])), float(counts[n] / counts.sum())) for n in most if counts[n] > 0]
         elif "ids" in values:
-            kept = zip(values["ids"][unit, :WORDS], values["log_probs"][unit, :WORDS], strict=True)
+            log_probs = values["log_probs"][unit, :WORDS]
+            kept = zip(values["ids"][unit, : len(log_probs)], log_probs[log_probs > UNUSED], strict=False)
             found = [(word(int(number)), math.exp(log_prob)) for number, log_prob in kept]
             found.append(("others", 1 - sum(probability for _, probability in found)))
         else:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import cast, float8, int8, select, topk
+from store.codecs import cast, draw, float8, int8, select, topdraw, topk
 from store.codecs.cast import restore as restore
 from store.codecs.cast import round_to as round_to
 from store.features import MANTISSA, ArraySpec, Compression, FeatureKey, FeatureSpec, StoreDtype
+from store.forms import word_form
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
@@ -27,8 +28,9 @@ class Codec(NamedTuple):
 
     arrays: Callable[[FeatureKey, StoreDtype, int, Sequence[int]], tuple[ArraySpec, ...]]
     """Arrays of a key whose captured width is W, with numbers in the given type and the ids that ``select`` keeps."""
-    reduce: Callable[[Floats, FeatureSpec, NDArray[np.int64] | None], Arrays]
-    """What is kept of captured float32 [n, W], not yet in its stored type; labels [n] (or None) hold -100 where there is none."""
+    reduce: Callable[[Floats, FeatureSpec, NDArray[np.int64] | None, NDArray[np.uint64] | None], Arrays]
+    """What is kept of captured float32 [n, W], not yet in its stored type; labels [n] (or None) hold -100 where there is none, seeds [n]
+    (store.seeds) say which words are drawn."""
     bounds: Callable[[ArraySpec], tuple[float, float]] = cast.bounds
     """``error`` and ``error_of_largest`` (store.features.FeatureSpec) of numbers that are kept in the given array."""
     expand: Callable[[Arrays], Arrays] = _as_they_are
@@ -38,6 +40,8 @@ class Codec(NamedTuple):
 CODECS: dict[str, Codec] = {
     "cast": Codec(cast.arrays, cast.reduce),
     "topk": Codec(topk.arrays, topk.reduce),
+    "draw": Codec(draw.arrays, draw.reduce, draw.bounds),
+    "topdraw": Codec(topdraw.arrays, topdraw.reduce),
     "select": Codec(select.arrays, select.reduce),
     "int8": Codec(int8.arrays, int8.reduce, lambda array: int8.BOUNDS, int8.expand),
     "float8": Codec(float8.arrays, float8.reduce, lambda array: float8.BOUNDS, float8.expand),
@@ -56,7 +60,8 @@ def codec_of(key: FeatureKey, dtype: StoreDtype) -> str:
         raise ValueError(
             f"{key.of('')}: expected dtype {', '.join(MANTISSA)} for the form {key.form}, found {dtype}; give it one of its own"
         )
-    return "topk" if key.form.startswith("top") else key.form
+    form = word_form(key.form)
+    return "select" if form is None else form.codec
 
 
 def feature_spec(
@@ -88,19 +93,13 @@ def feature_spec(
         )
         for array in codec.arrays(key, dtype, width, ids)
     )
-    error, error_of_largest = codec.bounds(next(array for array in arrays if array.name != "ids"))
-    return FeatureSpec(
-        key=str(key.of("")),
-        codec=codec_of(key, dtype),
-        arrays=arrays,
-        ids=tuple(ids),
-        error=error,
-        error_of_largest=error_of_largest,
-    )
+    spec = FeatureSpec(key=str(key.of("")), codec=codec_of(key, dtype), arrays=arrays, ids=tuple(ids), error=0.0)
+    error, error_of_largest = codec.bounds(spec.numbers)
+    return spec.model_copy(update={"error": error, "error_of_largest": error_of_largest})
 
 
-_NUMBERS = ("", "log_probs", "logits")
-"""Arrays in the type that is asked for; what stands beside them is always float32."""
+_NUMBERS = ("", "log_probs", "log_weights", "logits")
+"""Arrays whose bits ``keep_bits`` is about."""
 
 
 def check_bits(dtype: StoreDtype, keep_bits: int | None) -> int | None:
@@ -114,12 +113,12 @@ def check_bits(dtype: StoreDtype, keep_bits: int | None) -> int | None:
     return None if keep_bits == MANTISSA[dtype] else keep_bits
 
 
-def encode(spec: FeatureSpec, values: Floats, labels: NDArray[np.int64] | None = None) -> Arrays:
-    """Captured float32 [n, W] as the arrays that ``StoreWriter.commit`` takes."""
-    kept = CODECS[spec.codec].reduce(values, spec, labels)
+def encode(spec: FeatureSpec, values: Floats, labels: NDArray[np.int64] | None = None, seeds: NDArray[np.uint64] | None = None) -> Arrays:
+    """Captured float32 [n, W] as the arrays that ``StoreWriter.commit`` takes; forms that draw words need ``seeds`` [n]."""
+    kept = CODECS[spec.codec].reduce(values, spec, labels, seeds)
     return {array.name: cast.stored(kept[array.name], array) for array in spec.arrays}
 
 
 def decode(spec: FeatureSpec, arrays: Arrays) -> Arrays:
     """Stored arrays [n, width] as float32 (ids as int64), by array name; all of a value is the array ``""``."""
-    return CODECS[spec.codec].expand({array.name: restore(arrays[array.name], array.dtype) for array in spec.arrays})
+    return CODECS[spec.codec].expand({array.name: cast.restored(arrays[array.name], array) for array in spec.arrays})

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.codecs import float8
+from store.codecs.ids import pack, unpack
 from store.features import MANTISSA, ArraySpec, Dtype, FeatureKey, FeatureSpec, StoreDtype
 
 DTYPE_ERROR: dict[str, float] = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -20,7 +21,9 @@ def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -
     return (ArraySpec(name="", dtype=dtype, width=width),)
 
 
-def reduce(values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def reduce(
+    values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None, seeds: NDArray[np.uint64] | None
+) -> dict[str, NDArray[Any]]:
     """All of it."""
     return {"": values_nW}
 
@@ -36,6 +39,8 @@ def bounds(array: ArraySpec) -> tuple[float, float]:
 
 def stored(values: NDArray[Any], array: ArraySpec) -> NDArray[Any]:
     """``values`` as ``array`` holds them."""
+    if array.bits is not None:
+        return pack(values.reshape(-1, array.numbers), array.bits)
     return round_to(values if array.keep_bits is None else round_bits(values, array.keep_bits), array.dtype)
 
 
@@ -59,8 +64,13 @@ def round_to(values: NDArray[Any], dtype: Dtype) -> NDArray[Any]:
         return values.astype(dtype, copy=False)
 
 
+def restored(held: NDArray[Any], array: ArraySpec) -> NDArray[Any]:
+    """What ``array`` holds as float32, ids as int64."""
+    return restore(held, array.dtype) if array.bits is None else unpack(held.reshape(-1, array.width), array.bits)
+
+
 def restore(stored: NDArray[Any], dtype: Dtype) -> NDArray[Any]:
-    """Stored values as float32, ids as int64."""
+    """Stored values as float32, whole numbers as int64."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "float8_e4m3fn":

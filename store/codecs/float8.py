@@ -35,7 +35,9 @@ def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -
     return ArraySpec(name="values", dtype="float8_e4m3fn", width=width), ArraySpec(name="scale", dtype="float32", width=1)
 
 
-def reduce(values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def reduce(
+    values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None, seeds: NDArray[np.uint64] | None
+) -> dict[str, NDArray[Any]]:
     """Numbers within the format's range, still as float32, and scales. A unit of zeros has scale 0."""
     scale_n1 = np.abs(values_nW).max(1, keepdims=True) / np.float32(LIMIT)
     return {"values": quotients(values_nW, scale_n1, LIMIT), "scale": scale_n1}

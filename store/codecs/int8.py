@@ -29,7 +29,9 @@ def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -
     return ArraySpec(name="values", dtype="int8", width=width), ArraySpec(name="scale", dtype="float32", width=1)
 
 
-def reduce(values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def reduce(
+    values_nW: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None, seeds: NDArray[np.uint64] | None
+) -> dict[str, NDArray[Any]]:
     """Whole numbers, still as float32, and scales. A unit of zeros has scale 0; one with a NaN or an infinity reads as NaN."""
     scale_n1 = np.abs(values_nW).max(1, keepdims=True) / np.float32(LIMIT)
     scale_n1[scale_n1 == OVERFLOW] = BELOW_OVERFLOW

@@ -18,7 +18,9 @@ def arrays(key: FeatureKey, dtype: StoreDtype, width: int, ids: Sequence[int]) -
     return (*chosen, ArraySpec(name="true_logit", dtype="float32", width=1), ArraySpec(name="log_sum_exp", dtype="float32", width=1))
 
 
-def reduce(logits_nV: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def reduce(
+    logits_nV: NDArray[np.float32], spec: FeatureSpec, labels: NDArray[np.int64] | None, seeds: NDArray[np.uint64] | None
+) -> dict[str, NDArray[Any]]:
     """The true logit is NaN at positions without a label."""
     true = np.full((len(logits_nV), 1), np.nan, np.float32)
     if labels is not None:

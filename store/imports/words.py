@@ -37,7 +37,7 @@ def top_words(
         ValueError: a position has fewer than K words, one twice, one that is not in the vocabulary, a log-probability
             that is not finite as stored, or more mass than ``most``.
     """
-    kept = spec.arrays[0].width
+    kept = spec.arrays[0].numbers
     given = ids_nM != MISSING
     _refuse((ids_nM < MISSING) | (ids_nM >= vocab), where, lambda n: f"word {_worst(ids_nM[n])} is not in a vocabulary of {vocab} words")
     _refuse(given & ~np.isfinite(log_probs_nM), where, lambda n: f"expected finite log-probabilities, found {log_probs_nM[n]}")

@@ -53,7 +53,7 @@ def test_rows_of_another_kind_are_refused_and_leave_the_store_as_it_was(made: Ma
         make_rows(made.path, GROUPS, corpus="d", adding=True)
     with pytest.raises(StoreError, match="expected a store"):
         RowWriter.adding(made.path / "none")
-    with pytest.raises(StoreError, match="only read; write it as 5"):
+    with pytest.raises(StoreError, match="only read; write it as 6"):
         RowWriter.adding(Path(__file__).parent / "schemas" / "1")
     del writer
     assert Store.open(made.path).manifest == kept

@@ -55,7 +55,7 @@ def test_topk_keeps_the_likeliest_words_and_the_mass_of_all_others(kept: int, vo
     logits = np.random.default_rng(0).normal(0, 4, (6, vocab)).astype(np.float32)
     feature = spec(f"lm_logits@labels:top{kept}", "float32", vocab)
     stored = encode(feature, logits)
-    assert stored["ids"].dtype == (np.uint16 if vocab <= 65536 else np.int32)
+    assert stored["ids"].dtype == (np.uint16 if vocab <= 65536 else np.uint8)
     back, exact = decode(feature, stored), log_softmax(logits)
     assert back["ids"].dtype == np.int64
     for row in range(len(logits)):
@@ -112,10 +112,15 @@ def test_form_and_type_of_a_key_name_its_codec_and_a_spec_says_what_a_unit_costs
         ("hidden.1", "int8"),
         ("hidden.1", "float8"),
         ("lm_logits@labels:top4", "float16"),
+        ("lm_logits@labels:top4p95min2", "float16"),
+        ("lm_logits@labels:draw50tau80", "float16"),
+        ("lm_logits@labels:top4draw9x2", "float16"),
         ("lm_logits@labels:select", "float32"),
     ]
-    assert [codec_of(FeatureKey.parse(key), dtype) for key, dtype in kept] == ["cast", "int8", "float8", "topk", "select"]
-    assert set(CODECS) == {"cast", "int8", "float8", "topk", "select"}
+    assert [codec_of(FeatureKey.parse(key), dtype) for key, dtype in kept] == [
+        *("cast", "int8", "float8", "topk", "topk", "draw", "topdraw", "select")
+    ]
+    assert set(CODECS) == {"cast", "int8", "float8", "topk", "draw", "topdraw", "select"}
     assert [spec("hidden.1", dtype, 768).unit_bytes for dtype in ("int8", "float8")] == [772, 772]
     assert spec("hidden.1", "bfloat16", 768).unit_bytes == 1536
     assert spec("lm_logits@labels:top64", "float16", 30522).unit_bytes == 64 * 2 + 64 * 2 + 4

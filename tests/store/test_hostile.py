@@ -189,7 +189,7 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "a hundred thousand unknown keys": (lambda tree: tree.update({f"x{n}": 0 for n in range(10**5)}), "problems more"),
     "a million keys": (lambda tree: tree["rows"]["origins"][0]["options"].update({f"x{n}": 0 for n in range(530_000)}), "524,288 keys"),
     "options as deep as a well": (lambda tree: tree["rows"]["origins"][0].update(options={"a": nested(400)}), "options"),
-    "schema 0": (lambda tree: tree.update(schema_version=0), "expected schema version 1 to 5, found 0; read it with a newer release"),
+    "schema 0": (lambda tree: tree.update(schema_version=0), "expected schema version 1 to 6, found 0; read it with a newer release"),
     "no tokens in a batch": (lambda tree: tree["passes"]["bert"].update(batch_tokens=0), "greater than or equal to 1"),
     "schema 6": (lambda tree: tree.update(schema_version=6), "found 6; read it with a newer release"),
     "schema as text": (lambda tree: tree.update(schema_version="2"), "found '2'"),

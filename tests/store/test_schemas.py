@@ -48,5 +48,5 @@ def test_an_older_store_reads_like_one_written_today(version: int, tmp_path: Pat
 @pytest.mark.parametrize("version", range(1, SCHEMA))
 def test_an_older_store_is_not_written_to(version: int, tmp_path: Path) -> None:
     shutil.copytree(KEPT / str(version), tmp_path / "old")
-    with pytest.raises(StoreError, match="only read; write it as 5 with: teacher-dump copy"):
+    with pytest.raises(StoreError, match="only read; write it as 6 with: teacher-dump copy"):
         StoreWriter.open(tmp_path / "old")
