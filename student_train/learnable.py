@@ -11,14 +11,14 @@ from student_train.recipe import MethodSpec, PhaseSpec
 def unlearnable(method: Method, student: ModelShape, rows: RowsInfo) -> str:
     """Why ``method`` can learn nothing from ``rows``; empty if it can."""
     positions = {key.positions for key in method.student_keys}
+    if method.reads_clozes and not rows.verbalisers:
+        return "are no clozes (rows.cloze in the dump's recipe makes them)"
     if method.reads_labels and rows.task.kind == "none":
         return "have no labels (rows.label in the dump's recipe names them); kd learns without them with alpha: 1"
     if "masked" in positions and rows.objective != "mlm":
         return f"have no masked words; build rows with objective: mlm (found {rows.objective})"
     if "labels" in positions and rows.objective == "plain" and rows.task.kind != "token":
         return "have no labelled tokens; build rows with objective: mlm or causal, or with labels of tokens"
-    if method.reads_clozes and not rows.verbalisers:
-        return "are no clozes (rows.cloze in the dump's recipe makes them)"
     if method.reads_phrases and all(array.name != "phrases" for array in rows.token_arrays):
         return "have no phrases (rows.phrases in the dump's recipe marks them)"
     if method.reads_domains and not rows.domains:

@@ -23,6 +23,7 @@ from store.features import FeatureKey
 from store.manifest import RowsInfo
 from store.shape import ModelShape
 from store.strict import did_you_mean
+from student_train.methods.cloze_loss import CLOZE, cloze_logits
 from student_train.methods.task_loss import task_key
 
 Array = NDArray[np.float64]
@@ -57,7 +58,8 @@ class Metric:
     outputs: tuple[int, int | None] = (1, None)
     """Fewest and most outputs of the task head."""
     heads: tuple[str, ...] = TASK_HEADS
-    """Heads of the student, and of the teacher where its answers are read, that give the columns; empty: any."""
+    """Heads of the student, and of the teacher where its answers are read, that give the columns; empty: any. Of clozes a masked language
+    model gives those of a task head."""
 
 
 def _nothing(shape: ModelShape) -> frozenset[FeatureKey]:
@@ -65,7 +67,12 @@ def _nothing(shape: ModelShape) -> frozenset[FeatureKey]:
 
 
 def _task(shape: ModelShape) -> frozenset[FeatureKey]:
-    return frozenset({task_key(shape)})
+    return frozenset({CLOZE if shape.head == "masked_lm" else task_key(shape)})
+
+
+def _answers(features: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    """[R, C] task logits, of a cloze those of its classes' words."""
+    return cloze_logits(features, batch) if shape.head == "masked_lm" else dense(features, task_key(shape))
 
 
 def _words(shape: ModelShape) -> frozenset[FeatureKey]:
@@ -102,8 +109,8 @@ def _kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
 
 
 COLUMNS: dict[str, Column] = {
-    "logits": Column(lambda student, teacher, batch, shape: dense(student, task_key(shape)), _task, _nothing),
-    "teacher_logits": Column(lambda student, teacher, batch, shape: dense(teacher, task_key(shape)), _nothing, _task),
+    "logits": Column(lambda student, teacher, batch, shape: _answers(student, batch, shape), _task, _nothing),
+    "teacher_logits": Column(lambda student, teacher, batch, shape: _answers(teacher, batch, shape), _nothing, _task),
     "labels": Column(_labels, _nothing, _nothing),
     "groups": Column(lambda student, teacher, batch, shape: batch.groups, _nothing, _nothing),
     "nll": Column(_nll, _words, _nothing),
@@ -263,13 +270,16 @@ def check_metric(name: str, rows: RowsInfo, student: ModelShape, teacher: ModelS
         if teacher is None:
             raise ValueError(f"metric {name!r} compares with the teacher: give the evaluated data a pass_name of a teacher's pass")
         sides["teacher"] = teacher
+    cloze = metric.heads == TASK_HEADS and bool(rows.verbalisers) and student.head == "masked_lm"
+    heads = ("masked_lm",) if cloze else metric.heads
     for side, shape in sides.items():
-        if metric.heads and shape.head not in metric.heads:
-            raise ValueError(f"metric {name!r} needs a head of {', '.join(metric.heads)}; the {side}'s is {shape.head}")
+        if heads and shape.head not in heads:
+            raise ValueError(f"metric {name!r} needs a head of {', '.join(heads)}; the {side}'s is {shape.head}")
         fewest, most = metric.outputs
-        if metric.heads == TASK_HEADS and not fewest <= shape.labels <= (most or shape.labels):
+        outputs = len(rows.verbalisers) if cloze else shape.labels
+        if metric.heads == TASK_HEADS and not fewest <= outputs <= (most or outputs):
             expected = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
-            raise ValueError(f"metric {name!r} needs {expected} outputs of the task head; the {side}'s has {shape.labels}")
+            raise ValueError(f"metric {name!r} needs {expected} outputs of the task head; the {side}'s has {outputs}")
     if teacher is not None and "teacher" in sides and metric.heads:
         size = "labels" if metric.heads == TASK_HEADS else "vocab"
         if getattr(student, size) != getattr(teacher, size):
