@@ -120,12 +120,20 @@ class _Reader:
             )
         if not tokenizer.is_fast:
             raise ValueError("chat: a fast tokenizer (tokenizer.json) is needed, which knows where a token lies in the text")
+        self.variables = {**spec.chat.variables, "strftime_now": ""}  # in place of the function of this name, so that a call to it fails
         self.marked = _MARKS.search(tokenizer.get_chat_template()) is not None
 
     def __call__(self, record: Record) -> Conversation | None:
         messages = self.messages(record)
         try:
             tokens, said = self.by_marks(messages) if self.marked else self.by_prefix(messages, record)
+        except TypeError:
+            if "strftime_now" not in self.tokenizer.get_chat_template():
+                raise
+            raise ValueError(
+                f"{record.where}: the tokenizer's chat template writes today's date, with which rows would differ from day to day; give it "
+                "one, as in rows.chat.variables.date_string='1 Jan 2026'"
+            ) from None
         except TemplateError as error:
             raise ValueError(f"{record.where}: the tokenizer's chat template refuses the messages: {error}") from None
         ids, said_n = np.array(tokens[: self.spec.max_length], np.int32), np.array(said[: self.spec.max_length], bool)
@@ -151,17 +159,13 @@ class _Reader:
         return [_message(item, record) for item in value]
 
     def render(self, messages: list[Message], *, prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_today, **self.chat.variables
-        )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **self.variables)
         assert isinstance(text, str)
         return text
 
     def by_marks(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Tokens, and which of them the template marks as the assistant's."""
-        found = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, strftime_now=_today, **self.chat.variables
-        )
+        found = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **self.variables)
         return list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
 
     def by_prefix(self, messages: list[Message], record: Record) -> tuple[list[int], list[bool]]:
@@ -190,11 +194,3 @@ def _message(item: object, record: Record) -> Message:
     if known.keys() != {"role", "content"} or not all(isinstance(value, str) for value in known.values()):
         raise ValueError(f"{record.where}: expected a turn as {{role, content}}, both text, found {item!r}")
     return known
-
-
-def _today(layout: str) -> str:
-    """Stands where templates ask for the date."""
-    raise TemplateError(
-        f"it writes today's date ({layout}), with which rows would differ from day to day; give it a date of its own, as in "
-        "rows.chat.variables.date_string='1 Jan 2026'"
-    )
