@@ -11,7 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from online.batch import Batch, Features, TopK
+from online.batch import Batch, Drawn, Features, TopDrawn, TopK
+from online.encode import packed_value
+from store.codecs.topk import UNUSED
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site
@@ -28,6 +30,7 @@ from student_train.methods.divergences import (
 )
 from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
 from student_train.methods.losses import mse as raw_mse
+from student_train.methods.sampled_words import chosen_form, estimate, estimated_kl
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward", "skew_reverse", "adaptive_kl", "total_variation", "mse", "raw_mse"]
 
@@ -90,8 +93,16 @@ class LMKD(Method):
     - ``tail: none``: KL between the two distributions given that the word is one of the K; exact at every T, because
       softmax(log p / T) over kept words needs no others. The student's mass outside the K is not held back.
 
+    ``nucleus: P`` with it reads the fewest of the K words whose mass reaches P, ``least`` of them at least; the tail is exact likewise.
+
     ``skew_forward`` takes K words likewise, and as a ghost word's is a lower bound too. The other divergences look at every word that
     the student believes in, or at all, and are refused with ``top``.
+
+    ``draws: N`` reads words drawn at random, by which KL(p || q) at T = 1 is learned without bias (Anshumann et al. 2025, arXiv
+    2503.16870; student_train.methods.sampled_words): the mean gradient over draws is that of dense logits. ``tau`` is the power of the
+    prediction that they are drawn from. With ``top: H`` (ours) the H likeliest words are exact and the N drawn from the others, with
+    less variance for the same bytes. ``samples: D`` reads D independent sets and learns from set e mod D in epoch e, so that epochs do
+    not use one sample again. Other divergences and temperatures take log p of more words than were drawn, and are refused.
 
     Dense logits in other divergences than KL(p || q) are compared in chunks of tokens, which are computed again for the gradient.
 
@@ -118,6 +129,11 @@ class LMKD(Method):
         alpha: Annotated[float, Field(ge=0, lt=1)] | None = None,
         head: Annotated[float, Field(gt=0, lt=1)] | None = None,
         top: Annotated[int, Field(ge=1)] | None = None,
+        nucleus: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        least: Annotated[int, Field(ge=1)] | None = None,
+        draws: Annotated[int, Field(ge=1)] | None = None,
+        tau: Annotated[float, Field(gt=0, le=10)] | None = None,
+        samples: Annotated[int, Field(ge=1)] | None = None,
         tail: Literal["ghost", "none"] = "ghost",
         row_length: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
@@ -126,8 +142,15 @@ class LMKD(Method):
         check_equal("vocabularies", student.vocab, teacher.vocab)
         if top is not None and top > teacher.vocab:
             raise ValueError(f"top: the vocabulary has {teacher.vocab} words, found {top}")
-        if top is None and tail != "ghost":
-            raise ValueError("tail: says what becomes of words outside the top K; set top, or leave tail out")
+        form = chosen_form(teacher.vocab, top, nucleus, least, draws, tau, samples)
+        if draws is not None and (divergence != "forward_kl" or temperature != 1):
+            found = f"divergence: {divergence}" if divergence != "forward_kl" else f"temperature: {temperature}"
+            raise ValueError(
+                f"{found} does not follow from words drawn at random ({form}): they stand for a prediction in a sum over it, forward_kl at "
+                "temperature 1; leave draws out: dense lm_logits follow from head_input with its head, which a store keeps for them"
+            )
+        if (top is None or draws is not None) and tail != "ghost":
+            raise ValueError("tail: says what becomes of words outside the top K; set top without draws, or leave tail out")
         chosen, given = DIVERGENCES[divergence], {"beta": beta, "alpha": alpha, "head": head}
         for option, value in given.items():
             if value is not None and option != chosen.option:
@@ -146,10 +169,10 @@ class LMKD(Method):
                 "set tail: none (kept words alone), or leave top out (dense logits)"
             )
         student_key = FeatureKey("lm_logits", positions=positions)
-        teacher_key = FeatureKey("lm_logits", positions=positions, form="" if top is None else f"top{top}")
+        teacher_key = FeatureKey("lm_logits", positions=positions, form="" if form is None else str(form))
         super().__init__({student_key}, {teacher_key})
         self.student_key, self.teacher_key = student_key, teacher_key
-        self.positions, self.temperature, self.tail = positions, temperature, tail
+        self.positions, self.temperature, self.tail, self.form = positions, temperature, tail, form
         value = given.get(chosen.option)
         parameters = {chosen.option: chosen.usual if value is None else value} if chosen.option else {}
         self.divergence, self.power = partial(chosen.of, **parameters), chosen.power
@@ -162,12 +185,20 @@ class LMKD(Method):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         logits_UV, target = vectors(student, self.student_key, batch), teacher[self.teacher_key]
+        if isinstance(target, Drawn | TopDrawn):
+            assert self.form is not None
+            packed = packed_value(self.teacher_key, target, batch)
+            assert isinstance(packed, Drawn | TopDrawn)
+            return {"words": estimated_kl(logits_UV, estimate(packed, self.form, self.moment.epoch % self.form.samples)).sum()}
         if not isinstance(target, TopK):
             return {"words": self._divergence(logits_UV, vectors(teacher, self.teacher_key, batch))}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
         log_p_UK, log_tail_U = (units(value, batch, self.positions) for value in (target.log_probs, target.log_tail))
+        unused_UK = log_p_UK <= UNUSED
+        ids_UK = torch.where(unused_UK, ids_UK[:, :1], ids_UK)
         if self.tail == "none" or ids_UK.shape[-1] == logits_UV.shape[-1]:  # a ghost of no words has no probability to compare
-            return {"words": self._divergence(logits_UV.gather(-1, ids_UK), log_p_UK)}
+            log_q_UK = logits_UV.gather(-1, ids_UK).masked_fill(unused_UK, MASKED)
+            return {"words": self._divergence(log_q_UK, log_p_UK.masked_fill(unused_UK, MASKED))}
         log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
         log_q_UK1 = head_and_tail(logits_UV, ids_UK)
         if self.plain:

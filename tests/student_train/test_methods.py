@@ -33,7 +33,7 @@ def keys(text: str) -> set[FeatureKey]:
 
 
 def test_a_method_is_one_file_and_one_line() -> None:
-    shared = {"__init__", "base", "losses", "decisions", "angles", "structure", "domain_graph", "divergences", "writing"}
+    shared = {"__init__", "base", "losses", "decisions", "angles", "structure", "domain_graph", "divergences", "writing", "sampled_words"}
     assert {file.stem for file in FOLDER.glob("*.py")} == set(METHODS) | shared
     for name, cls in METHODS.items():
         module = importlib.import_module(f"student_train.methods.{name}")

@@ -14,9 +14,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 from case import Case, all_cases, all_of, modules
-from given import Given, make_batch, make_features, shape
+from given import Given, in_words, make_batch, make_features, shape
 
-from online.batch import IGNORED, Batch, Features, TopK, Value
+from online.batch import IGNORED, Batch, Drawn, Features, TopDrawn, TopK
 from store.features import FeatureKey, neurons
 from store.shape import ModelShape
 from student_train.methods import METHODS, parse_method
@@ -69,9 +69,9 @@ def label(key: FeatureKey) -> str:
     return f"{key.pass_name}/{key.name}" if key.pass_name else key.name
 
 
-def named(features: Features, double: bool) -> dict[str, Tensor | TopK]:
+def named(features: Features, double: bool) -> dict[str, Tensor | TopK | Drawn | TopDrawn]:
     """By teacher, site and layer; where a site is read twice, the second with its positions."""
-    result: dict[str, Tensor | TopK] = {}
+    result: dict[str, Tensor | TopK | Drawn | TopDrawn] = {}
     for key, value in sorted(features.items(), key=lambda item: str(item[0])):
         changed = value.detach().double().requires_grad_(double) if isinstance(value, Tensor) else value
         result[str(key) if label(key) in result else label(key)] = changed
@@ -129,10 +129,11 @@ def padded(features: Features, junk: float) -> Features:
     for key, value in features.items():
         if key.positions != "all":
             result[key] = value
-        elif isinstance(value, TopK):
-            tensors = (torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, 3)) for tensor in value)
-            ids, log_probs, tail = tensors
-            result[key] = TopK(ids, log_probs.masked_fill(~real[..., None], junk), tail.masked_fill(~real, junk))
+        elif isinstance(value, tuple):
+            tensors = [torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, 3)) for tensor in value]
+            masks = [~real.reshape(*real.shape, *([1] * (tensor.dim() - 2))) for tensor in tensors]
+            numbers = [tensor.masked_fill(mask, junk) for tensor, mask in zip(tensors[1:], masks[1:], strict=True)]
+            result[key] = type(value)(tensors[0], *numbers)
         elif key.site.startswith("attention"):
             pairs = real[:, None, :, None] & real[:, None, None, :]
             result[key] = torch.nn.functional.pad(value, (0, 3, 0, 3)).masked_fill(~pairs, junk)
@@ -179,7 +180,7 @@ def part(batch: Batch, features: Features, rows: slice) -> tuple[Batch, Features
 
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     smaller = Batch(**{name: value if value is None or name == "verbalisers" else value[rows] for name, value in values.items()})
-    return smaller, {k: TopK(*(cut(k, x) for x in v)) if isinstance(v, TopK) else cut(k, v) for k, v in features.items()}
+    return smaller, {k: type(v)(*(cut(k, x) for x in v)) if isinstance(v, tuple) else cut(k, v) for k, v in features.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,7 +221,9 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_that_of_labels(name: str
     keys = {key.of("") for key in given.method.teacher_keys} | {key for key in given.method.student_keys if not key.form}
     teacher = make_features(frozenset(keys), given.shape, given.batch, 3)
     for key in [key for key in teacher if key.words]:
-        teacher[key] = top_of(teacher[FeatureKey("lm_logits", None, key.positions)], int(key.form[3:]))
+        logits = teacher[FeatureKey("lm_logits", None, key.positions)]
+        assert isinstance(logits, Tensor)
+        teacher[key] = in_words(logits, key.form, torch.Generator())
     for key in [key for key in teacher if key.kept]:
         whole = teacher[dataclasses.replace(key, form="")]
         assert isinstance(whole, Tensor)
@@ -229,13 +232,6 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_that_of_labels(name: str
     terms = given.method({key: teacher[key] for key in given.method.student_keys}, answers, given.batch)
     for term in set(terms) - {"hard", "mlm"}:
         assert terms[term].item() == pytest.approx(0, abs=2e-5)
-
-
-def top_of(logits: Value, kept: int) -> TopK:
-    assert isinstance(logits, Tensor)
-    log_probs, ids = logits.log_softmax(-1).sort(descending=True)
-    tail = log_probs[..., kept:].logsumexp(-1) if kept < logits.shape[-1] else torch.full(logits.shape[:-1], torch.finfo(torch.float32).min)
-    return TopK(ids[..., :kept], log_probs[..., :kept], tail)
 
 
 def answer(name: str, changed: dict[str, object]) -> tuple[object, ...]:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, Features, TopK, Value
+from online.batch import IGNORED, Batch, Drawn, Features, TopDrawn, TopK, Value
 from store.features import FeatureKey
+from store.forms import word_form
 from store.shape import ModelShape
 from student_train.moment import START, Moment
 
@@ -110,9 +111,45 @@ def make_value(key: FeatureKey, one: ModelShape, batch: Batch, generator: torch.
         value = torch.randn(rows, width, generator=generator) * 2
     if not key.words:
         return value
-    log_probs, ids = value.log_softmax(-1).topk(int(key.form.removeprefix("top")))
-    tail = (1 - log_probs.double().exp().sum(-1)).clamp(min=0).log().clamp(min=torch.finfo(torch.float32).min).float()
-    return TopK(ids, log_probs, tail)
+    return in_words(value, key.form, generator)
+
+
+def in_words(logits: Tensor, text: str, generator: torch.Generator) -> TopK | Drawn | TopDrawn:
+    """Dense logits in a form of word predictions, word by word; what is drawn follows from ``generator`` instead of the text."""
+    form = word_form(text)
+    assert form is not None
+    rows = logits.log_softmax(-1).double().flatten(0, -2)
+    found: list[list[list[float]]] = []
+    for log_p in rows:
+        order = log_p.sort(descending=True, stable=True).indices.tolist()
+        kept = order[: form.top]
+        if form.nucleus < 1:
+            enough = [n for n in range(1, form.top + 1) if log_p[kept[:n]].exp().sum() >= form.nucleus]
+            kept = kept[: max(form.least, enough[0] if enough else form.top)]
+        others = [word for word in range(len(log_p)) if word not in kept]
+        tail = log_p[others].logsumexp(0).item() if others else torch.finfo(torch.float32).min
+        unused = form.top - len(kept)
+        weights = (log_p[others] * form.tau).exp()
+        sets = [
+            [others[n] for n in torch.multinomial(weights, form.draws, True, generator=generator)]
+            for _ in range(form.samples * (form.draws > 0))
+        ]
+        if form.top:
+            ids = [*kept, *([0] * unused), *(word for words in sets for word in sorted(words))]
+            found.append([ids, [*log_p[kept].tolist(), *([-32768.0] * unused)], [tail]])
+            continue
+        log_q = log_p * form.tau - (log_p * form.tau).logsumexp(0)
+        distinct = [[*sorted(set(words)), *([0] * (form.draws - len(set(words))))] for words in sets]
+        counts = [
+            words.count(word) * (n < len(set(words))) for words, firsts in zip(sets, distinct, strict=True) for n, word in enumerate(firsts)
+        ]
+        ids = [word for firsts in distinct for word in firsts]
+        found.append([ids, counts, [(log_p - log_q)[word].item() * (count > 0) for word, count in zip(ids, counts, strict=True)]])
+    columns = [torch.tensor([row[n] for row in found]).unflatten(0, logits.shape[:-1]) for n in range(3)]
+    if not form.top:
+        return Drawn(columns[0].long(), columns[1].float(), columns[2].float()[..., : None if form.tau != 1 else 0])
+    kind = TopDrawn if form.draws else TopK
+    return kind(columns[0].long(), columns[1].float(), columns[2].float().squeeze(-1))
 
 
 def make_features(keys: frozenset[FeatureKey], one: ModelShape, batch: Batch, seed: int) -> Features:
@@ -126,7 +163,7 @@ Named = dict[str, Tensor]
 @dataclasses.dataclass
 class Given:
     S: Named
-    T: dict[str, Tensor | TopK]
+    T: dict[str, Tensor | TopK | Drawn | TopDrawn]
     P: Named
     batch: Batch
     student: ModelShape
