@@ -98,6 +98,7 @@ def prepare(name: str, data: Path, work: Path) -> None:
         program(work, "student_train", "run", str(ROOT / "recipes" / "sst2" / "second_teacher.yaml"))
         for further in ("second_dump", "semantic_dump"):
             program(work, "teacher_dump", "run", str(ROOT / "recipes" / "sst2" / f"{further}.yaml"))
+        program(work, "teacher_dump", "rows", str(ROOT / "recipes" / "sst2" / "halves.yaml"))  # MetaDistil looks at rows of its own
 
 
 def recipes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
