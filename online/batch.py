@@ -5,6 +5,7 @@ Rows are padded on the right to a bucket of their own length, so padding is a pr
 its longest bucket.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from online.words import Words
 from store.features import FeatureKey, neurons
 
 BUCKET = 16
@@ -157,7 +159,7 @@ class Selected(NamedTuple):
     """[...] over the whole vocabulary."""
 
 
-Value = Tensor | TopK | Drawn | TopDrawn | Selected
+Value = Tensor | Words | TopK | Drawn | TopDrawn | Selected
 """What a feature is in a batch. Leading dimensions by positions: ``all`` [B, T, W] with zeros on padding;
 ``leftL`` [B, L, W] with zeros where a row is shorter; ``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W].
 W is M in the form ``widthM``. attention_scores and attention_probs are [B, heads, T, T]."""
@@ -166,10 +168,19 @@ Features = dict[FeatureKey, Value]
 
 
 def dense(features: Features, key: FeatureKey) -> Tensor:
-    """The feature ``key`` as a tensor; the key must have no form."""
+    """The feature ``key`` as a tensor, word logits as a whole; the key must have no form."""
     value = features[key]
+    if isinstance(value, Words):
+        return value.dense()
     assert isinstance(value, Tensor), key
     return value
+
+
+def words_at(key: FeatureKey, input_: Tensor, batch: Batch, head: Callable[[Tensor], Tensor], vocab: int) -> Words:
+    """Word logits ``key`` from what the ``head`` takes in there: [B, T, W] at ``all``, where padding is left out, else [U, W]."""
+    if key.positions != "all":
+        return Words(input_, head, vocab)
+    return Words(input_.flatten(0, 1).index_select(0, batch.real), head, vocab, batch.real, batch.mask.shape)
 
 
 def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
@@ -181,10 +192,10 @@ def take(value_BTW: Tensor, batch: Batch, positions: str) -> Tensor:
         return value_BTW * batch.mask[..., None]
     if positions == "first":
         first = batch.mask.int().argmax(1)
-        return value_BTW[torch.arange(len(first), device=first.device), first]
+        return value_BTW[torch.arange(first.shape[0], device=first.device), first]
     if positions == "last":
         last = batch.mask.shape[1] - 1 - batch.mask.flip(1).int().argmax(1)
-        return value_BTW[torch.arange(len(last), device=last.device), last]
+        return value_BTW[torch.arange(last.shape[0], device=last.device), last]
     if positions == "mean":
         total_BW = (value_BTW.float() * batch.mask[..., None]).sum(1)
         return (total_BW / batch.lengths[:, None]).to(value_BTW.dtype)

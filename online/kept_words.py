@@ -112,7 +112,17 @@ def map_words(model: PreTrainedModel, words: KeptWords) -> None:
     embedding.register_buffer("places", words.places.to(embedding.weight.device), persistent=False)
     if embedding.padding_idx is not None and model.config.pad_token_id is not None:
         embedding.padding_idx = int(words.places[model.config.pad_token_id])
-    embedding.register_forward_pre_hook(_to_places)
+    embedding.mapping = embedding.register_forward_pre_hook(_to_places)
+
+
+def unmap_words(model: PreTrainedModel) -> KeptWords | None:
+    """Undo :func:`map_words`: ``model`` takes places again. The words that it keeps, or None where it was not mapped."""
+    words, embedding = kept_words(model), model.get_input_embeddings()
+    if words is not None:
+        embedding.mapping.remove()
+        for name in ("kept", "places", "mapping"):
+            delattr(embedding, name)
+    return words
 
 
 def take_words(model: PreTrainedModel, folder: Path, pad: int | None) -> None:

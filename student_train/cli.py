@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from store.errors import StoreError
+from student_train.export_command import export
 from student_train.plan_command import plan
 
 USAGE = 2
@@ -36,7 +37,7 @@ A chain is a YAML file; paths are relative to the folder that the chain is start
     - {train: train.yaml, phase: assistant}          # student-train run train.yaml --phase assistant
     - {dump: assistant.yaml, set: [dtype=float16]}   # its teacher is OUTPUT/assistant/student
     - {train: train.yaml, phase: student}
-Further steps: {rows: RECIPE}, {augment: RECIPE}, {add: RECIPE}. See docs/chains.md.
+Further steps: {rows: RECIPE}, {augment: RECIPE}, {generate: RECIPE}, {add: RECIPE}. See docs/chains.md.
 """
 
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -198,6 +199,7 @@ def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ..
 
 
 program.add_command(plan)
+program.add_command(export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

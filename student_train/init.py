@@ -21,7 +21,7 @@ from student_train.blueprint import Blueprint, plain_errors
 from student_train.importance import width_scores
 from student_train.narrow import Scores, Sizes, cut, kept, roles
 from student_train.recipe import ImportantLayers
-from student_train.vocabulary import all_words, choose, forced_words, move_padding, slice_words
+from student_train.vocabulary import all_words, choose, forced_words, move_padding, take_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _compressed(blueprint: Blueprint) -> tuple[LoadedModel, list[str]]:
         student, notices = _made(blueprint)
     else:
         whole, notices = _made(all_words(blueprint))
-        slice_words(whole.model, blueprint.head, blueprint.config, words.kept)
+        take_rows(whole.model, blueprint.head, blueprint.config, words.kept)
         student = LoadedModel.of(whole.model, blueprint.head, whole.tokenizer)
     _take_words(student, blueprint, words)
     dropped = words.words - len(words.kept)

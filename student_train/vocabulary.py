@@ -215,35 +215,33 @@ def input_embedding(source: Source) -> Tensor:
     return found
 
 
-def slice_words(model: PreTrainedModel, head: Head, config: PreTrainedConfig, kept_K: Tensor) -> None:
-    """Leave ``model`` the rows of ``kept_K`` alone: in its embedding, and in its word head with its bias, tied or not.
+def take_rows(model: PreTrainedModel, head: Head, config: PreTrainedConfig, rows: Tensor) -> None:
+    """Make ``model`` one of ``config``, which has another number of words, from ``rows`` [config.vocab_size] of what it has for each word.
 
-    Which axes run over words is told by where a model with ``config``, the same but for its number of words, has other sizes.
+    That is its embedding, and its word head with its bias, tied or not: whatever has another size in a model with ``config``.
     """
     with torch.device("meta"), without_padding_beyond(config):
-        narrow = HEADS[head].from_config(config)  # type: ignore[attr-defined]
-    sizes = {name: weight.shape for name, weight in narrow.named_parameters(remove_duplicate=False)}
+        other = HEADS[head].from_config(config)  # type: ignore[attr-defined]
+    sizes = {name: weight.shape for name, weight in other.named_parameters(remove_duplicate=False)}
     made: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
-        axes = [axis for axis, (long, short) in enumerate(zip(weight.shape, sizes[name], strict=True)) if long != short]
+        axes = [axis for axis, (before, after) in enumerate(zip(weight.shape, sizes[name], strict=True)) if before != after]
         if not axes:
             continue
         (axis,) = axes
         if id(weight) not in made:
-            made[id(weight)] = nn.Parameter(weight.detach().index_select(axis, kept_K), weight.requires_grad)
+            made[id(weight)] = nn.Parameter(weight.detach().index_select(axis, rows), weight.requires_grad)
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         setattr(module, leaf, made[id(weight)])
         if isinstance(module, nn.Embedding):
-            module.num_embeddings = len(kept_K)
+            module.num_embeddings = len(rows)
         elif isinstance(module, nn.Linear) and leaf == "weight":
             module.out_features, module.in_features = module.weight.shape
-    pad = model.config.pad_token_id
     for module in model.modules():
-        if getattr(module, "vocab_size", None) is not None:
-            module.vocab_size = len(kept_K)
-    model.config.vocab_size = len(kept_K)
-    assert model.config.pad_token_id == pad
+        if isinstance(getattr(module, "vocab_size", None), int):
+            module.vocab_size = len(rows)  # type: ignore[assignment]
+    model.config.vocab_size = len(rows)
 
 
 def move_padding(model: PreTrainedModel, words: KeptWords) -> None:
