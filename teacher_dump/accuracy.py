@@ -67,7 +67,7 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
     """Feature -> ||found - live|| / ||live||, each number of which is checked to be finite.
 
     What is found is read back from what a store with ``specs`` holds, or derived from it with the shipped weights. Stored
-    features that keep words are left out.
+    features that keep words are left out; of words that are drawn the error is that of the logits which they are drawn by.
 
     Raises:
         ValueError: a stored number would not be finite; names row and feature.
@@ -76,16 +76,17 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
     statics = float_statics(live_statics(teacher.loaded, teacher.plan.statics))
     wanted = [*(spec.feature for spec in specs if not spec.feature.words), *teacher.plan.derived]
     sums = {key: np.zeros(2) for key in wanted}
+    compared = {key: replace(key, form="") if key.words and "draw" in key.form else key for key in wanted}
     for answer in answers:
         batch, stored = answer.batch, {}
         with torch.no_grad():
             for spec in specs:
                 arrays = encode(spec.feature, answer.values[replace(spec.feature, form="")], batch, spec, answer.sources)
                 stored[spec.feature] = assemble(spec.feature, spec, arrays, batch)
-            found = derive(wanted, stored, statics, batch, shape, wiring)
-            exact = derive(wanted, answer.values, statics, batch, shape, wiring)
-            for key in wanted:
-                there, true = _numbers(key, found[key], batch, teacher), _numbers(key, exact[key], batch, teacher)
+            found = derive(compared.values(), stored, statics, batch, shape, wiring)
+            exact = derive(compared.values(), answer.values, statics, batch, shape, wiring)
+            for key, other in compared.items():
+                there, true = _numbers(key, found[other], batch, teacher), _numbers(key, exact[other], batch, teacher)
                 sums[key] += [float((there - true).square().sum()), float(true.square().sum())]
     return {str(key): float(np.sqrt(error / max(norm, 1e-30))) for key, (error, norm) in sums.items()}
 

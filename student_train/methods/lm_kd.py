@@ -13,6 +13,7 @@ from torch import Tensor
 
 from online.batch import Batch, Drawn, Features, TopDrawn, TopK
 from online.encode import packed_value
+from online.estimates import estimate
 from store.codecs.topk import UNUSED
 from store.features import FeatureKey
 from store.shape import ModelShape
@@ -30,7 +31,7 @@ from student_train.methods.divergences import (
 )
 from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
 from student_train.methods.losses import mse as raw_mse
-from student_train.methods.sampled_words import chosen_form, estimate, estimated_kl
+from student_train.methods.sampled_words import chosen_form, estimated_kl
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward", "skew_reverse", "adaptive_kl", "total_variation", "mse", "raw_mse"]
 
