@@ -146,6 +146,17 @@ class TopDrawn(NamedTuple):
     """[...] logarithm of the mass of all others, of which each hit of a set stands for an M-th."""
 
 
+class TopBanded(NamedTuple):
+    """The K likeliest words of each prediction, and the mass of the others in B bands of ids (key form ``topKbandB``), fp32."""
+
+    ids: Tensor
+    """[..., K] int64 word ids, likeliest first."""
+    log_probs: Tensor
+    """[..., K] log-probabilities at temperature 1 under the whole vocabulary."""
+    bands: Tensor
+    """[..., B] codes of the masses (store.codecs.topband), whole numbers from 0 to 255."""
+
+
 class Selected(NamedTuple):
     """Logits of chosen words and of the true one (key form ``select``), fp32."""
 
@@ -159,7 +170,7 @@ class Selected(NamedTuple):
     """[...] over the whole vocabulary."""
 
 
-Value = Tensor | Words | TopK | Drawn | TopDrawn | Selected
+Value = Tensor | Words | TopK | Drawn | TopDrawn | TopBanded | Selected
 """What a feature is in a batch. Leading dimensions by positions: ``all`` [B, T, W] with zeros on padding;
 ``leftL`` [B, L, W] with zeros where a row is shorter; ``first``, ``last``, ``mean``, ``row`` [B, W]; ``masked``, ``labels`` [N, W].
 W is M in the form ``widthM``. attention_scores and attention_probs are [B, heads, T, T]."""

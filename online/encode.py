@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, Drawn, Selected, TopDrawn, TopK, Value, narrowed, take
+from online.batch import IGNORED, Batch, Drawn, Selected, TopBanded, TopDrawn, TopK, Value, narrowed, take
 from online.encoded import Encoded, as_stored
 from online.ids import unpack
 from online.seeds import seeds
@@ -63,6 +63,8 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
         packed = TopK(tensors["ids"], tensors["log_probs"], tensors["log_tail"].squeeze(1))
     elif spec.codec == "topdraw":
         packed = TopDrawn(tensors["ids"], tensors["log_probs"], tensors["log_tail"].squeeze(1))
+    elif spec.codec == "topband":
+        packed = TopBanded(tensors["ids"], tensors["log_probs"], tensors["bands"])
     elif spec.codec == "draw":
         counts = tensors["counts"]
         packed = Drawn(tensors["ids"], counts, tensors.get("log_weights", counts.new_empty(len(counts), 0)))
@@ -108,7 +110,7 @@ class _Units(NamedTuple):
     """Of words that are drawn (online.seeds)."""
 
 
-def _form(key: FeatureKey, logits_MV: Tensor, units: _Units, ids: Sequence[int]) -> TopK | Drawn | TopDrawn | Selected:
+def _form(key: FeatureKey, logits_MV: Tensor, units: _Units, ids: Sequence[int]) -> TopK | Drawn | TopDrawn | TopBanded | Selected:
     form = word_form(key.form)
     return select(logits_MV, ids, units.labels) if form is None else in_form(form, logits_MV, units.seeds)
 

@@ -80,7 +80,7 @@ class FeatureKey:
         if self.form and not ((self.words and self.site == "lm_logits") or (self.kept and self.site in VECTORS)):
             raise ValueError(
                 f"unknown form {self.form!r} of {self.site}: lm_logits has topK (such as top64), topKpP (top64p95), drawN (draw50), "
-                "topHdrawM (top4draw9) and select, hidden vectors have widthM (width64)"
+                "topHdrawM (top4draw9), topKbandB (top6band12) and select, hidden vectors have widthM (width64)"
             )
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ class FeatureSpec(Strict):
     """
 
     key: str = Field(max_length=200)
-    codec: Literal["cast", "topk", "select", "int8", "float8", "draw", "topdraw"]
+    codec: Literal["cast", "topk", "select", "int8", "float8", "draw", "topdraw", "topband"]
     arrays: Many[ArraySpec]
     ids: Many[int] = ()
     """Vocabulary ids kept by ``select``, in order."""
@@ -263,6 +263,7 @@ _ARRAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "topk": (("ids", "log_probs", "log_tail"),),
     "draw": (("ids", "counts"), ("ids", "counts", "log_weights")),
     "topdraw": (("ids", "log_probs", "log_tail"),),
+    "topband": (("ids", "log_probs", "bands"),),
     "select": (("logits", "true_logit", "log_sum_exp"), ("true_logit", "log_sum_exp")),
     "int8": (("values", "scale"),),
     "float8": (("values", "scale"),),

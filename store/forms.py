@@ -1,8 +1,8 @@
 """What is kept of a teacher's word prediction: the grammar of the forms of ``lm_logits``.
 
-``topK`` the K likeliest words; ``topKpP`` of these the fewest whose mass reaches .P, ``topKpPminM`` at least M of them; ``drawN`` N random
-draws, ``drawNtauX`` from the X / 100-th power of the prediction; ``topHdrawM`` the H likeliest and M draws of the others; ``...xD`` D
-independent sets of draws; ``select`` chosen words.
+``topK`` the K likeliest words; ``topKpP`` of these the fewest whose mass reaches .P, ``topKpPminM`` at least M of them; ``topKbandB`` the K
+likeliest, and the mass of the others in B bands of ids; ``drawN`` N random draws, ``drawNtauX`` from the X / 100-th power of the
+prediction; ``topHdrawM`` the H likeliest and M draws of the others; ``...xD`` D independent sets of draws; ``select`` chosen words.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 _FORM = re.compile(
-    r"top(?P<top>[1-9]\d{0,7})(?:p(?P<nucleus>\d{0,8}[1-9])(?:min(?P<least>[1-9]\d{0,7}))?)?"
+    r"top(?P<top>[1-9]\d{0,7})(?:p(?P<nucleus>\d{0,8}[1-9])(?:min(?P<least>[1-9]\d{0,7}))?|band(?P<bands>[1-9]\d{0,7}))?"
     r"|(?:top(?P<head>[1-9]\d{0,7}))?draw(?P<draws>[1-9]\d{0,7})(?:tau(?P<tau>[1-9]\d{0,7}))?(?:x(?P<samples>[1-9]\d{0,7}))?"
 )
 
@@ -35,6 +35,8 @@ class WordForm:
     """Power of the prediction that they are drawn from."""
     samples: int = 1
     """Independent sets of draws."""
+    bands: int = 0
+    """Parts of the vocabulary whose mass is kept beside the likeliest words."""
 
     def __post_init__(self) -> None:
         if self.least > self.top > 0:
@@ -45,8 +47,10 @@ class WordForm:
             raise ValueError(f"{self}: beside likeliest words the others are drawn as they are; leave tau out")
 
     @property
-    def codec(self) -> Literal["topk", "draw", "topdraw"]:
+    def codec(self) -> Literal["topk", "draw", "topdraw", "topband"]:
         """Name of the codec that keeps it (store.codecs)."""
+        if self.bands:
+            return "topband"
         return "topk" if not self.draws else "topdraw" if self.top else "draw"
 
     @property
@@ -64,9 +68,13 @@ class WordForm:
         if self.top > words - (self.draws > 0):
             others = f", and others to draw {self.draws} from" if self.draws else ""
             raise ValueError(f"{self}: the vocabulary has {words} words; expected at most as many{others}")
+        if self.bands > words:
+            raise ValueError(f"{self}: the vocabulary has {words} words; expected at most as many bands")
 
     def __str__(self) -> str:
         head = f"top{self.top}" if self.top else ""
+        if self.bands:
+            return f"{head}band{self.bands}"
         if not self.draws:
             share = f"{self.nucleus:.9f}".rstrip("0").removeprefix("0.") if self.nucleus < 1 else ""
             return head + (f"p{share}" if share else "") + (f"min{self.least}" if self.least > 1 else "")
@@ -92,6 +100,7 @@ def word_form(text: str) -> WordForm | None:
         draws=found.get("draws", 0),
         tau=found.get("tau", 100) / 100,
         samples=found.get("samples", 1),
+        bands=found.get("bands", 0),
     )
     if str(form) != text:
         raise ValueError(f"the form {text} is written {form}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import cast, draw, float8, int8, select, topdraw, topk
+from store.codecs import cast, draw, float8, int8, select, topband, topdraw, topk
 from store.codecs.cast import restore as restore
 from store.codecs.cast import round_to as round_to
 from store.features import MANTISSA, ArraySpec, Compression, FeatureKey, FeatureSpec, StoreDtype
@@ -42,6 +42,7 @@ CODECS: dict[str, Codec] = {
     "topk": Codec(topk.arrays, topk.reduce),
     "draw": Codec(draw.arrays, draw.reduce, draw.bounds),
     "topdraw": Codec(topdraw.arrays, topdraw.reduce),
+    "topband": Codec(topband.arrays, topband.reduce),
     "select": Codec(select.arrays, select.reduce),
     "int8": Codec(int8.arrays, int8.reduce, lambda array: int8.BOUNDS, int8.expand),
     "float8": Codec(float8.arrays, float8.reduce, lambda array: float8.BOUNDS, float8.expand),

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from online.batch import Batch, Drawn, Features, TopDrawn, TopK
+from online.bands import in_bands, log_masses
+from online.batch import Batch, Drawn, Features, TopBanded, TopDrawn, TopK
 from online.encode import packed_value
 from online.estimates import estimate
 from store.codecs.topk import UNUSED
@@ -94,6 +95,9 @@ class LMKD(Method):
     - ``tail: none``: KL between the two distributions given that the word is one of the K; exact at every T, because
       softmax(log p / T) over kept words needs no others. The student's mass outside the K is not held back.
 
+    ``bands: B`` with it reads the others' mass in B bands of ids (ours; store.codecs.topband), B ghost words in place of one:
+    the shape of the tail is free within a band only. At T = 1 only.
+
     ``nucleus: P`` with it reads the fewest of the K words whose mass reaches P, ``least`` of them at least; the tail is exact likewise.
 
     ``skew_forward`` takes K words likewise, and as a ghost word's is a lower bound too. The other divergences look at every word that
@@ -132,6 +136,7 @@ class LMKD(Method):
         top: Annotated[int, Field(ge=1)] | None = None,
         nucleus: Annotated[float, Field(gt=0, lt=1)] | None = None,
         least: Annotated[int, Field(ge=1)] | None = None,
+        bands: Annotated[int, Field(ge=1)] | None = None,
         draws: Annotated[int, Field(ge=1)] | None = None,
         tau: Annotated[float, Field(gt=0, le=10)] | None = None,
         samples: Annotated[int, Field(ge=1)] | None = None,
@@ -143,15 +148,15 @@ class LMKD(Method):
         check_equal("vocabularies", student.vocab, teacher.vocab)
         if top is not None and top > teacher.vocab:
             raise ValueError(f"top: the vocabulary has {teacher.vocab} words, found {top}")
-        form = chosen_form(teacher.vocab, top, nucleus, least, draws, tau, samples)
+        form = chosen_form(teacher.vocab, top, nucleus, least, bands, draws, tau, samples)
         if draws is not None and (divergence != "forward_kl" or temperature != 1):
             found = f"divergence: {divergence}" if divergence != "forward_kl" else f"temperature: {temperature}"
             raise ValueError(
                 f"{found} does not follow from words drawn at random ({form}): they stand for a prediction in a sum over it, forward_kl at "
                 "temperature 1; leave draws out: dense lm_logits follow from head_input with its head, which a store keeps for them"
             )
-        if (top is None or draws is not None) and tail != "ghost":
-            raise ValueError("tail: says what becomes of words outside the top K; set top without draws, or leave tail out")
+        if (top is None or draws is not None or bands is not None) and tail != "ghost":
+            raise ValueError("tail: says what becomes of words outside the top K; set top without draws and bands, or leave tail out")
         chosen, given = DIVERGENCES[divergence], {"beta": beta, "alpha": alpha, "head": head}
         for option, value in given.items():
             if value is not None and option != chosen.option:
@@ -191,6 +196,11 @@ class LMKD(Method):
             packed = packed_value(self.teacher_key, target, batch)
             assert isinstance(packed, Drawn | TopDrawn)
             return {"words": estimated_kl(logits_UV, estimate(packed, self.form, self.moment.epoch % self.form.samples)).sum()}
+        if isinstance(target, TopBanded):
+            banded = packed_value(self.teacher_key, target, batch)
+            assert isinstance(banded, TopBanded)
+            log_p_UE = torch.cat([banded.log_probs, log_masses(banded.bands)], -1)
+            return {"words": self._of_events(log_p_UE, head_and_tail(logits_UV, banded.ids, banded.bands.shape[-1]))}
         if not isinstance(target, TopK):
             return {"words": self._divergence(logits_UV, vectors(teacher, self.teacher_key, batch))}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
@@ -201,10 +211,13 @@ class LMKD(Method):
             log_q_UK = logits_UV.gather(-1, ids_UK).masked_fill(unused_UK, MASKED)
             return {"words": self._divergence(log_q_UK, log_p_UK.masked_fill(unused_UK, MASKED))}
         log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
-        log_q_UK1 = head_and_tail(logits_UV, ids_UK)
+        return {"words": self._of_events(log_p_UK1, head_and_tail(logits_UV, ids_UK))}
+
+    def _of_events(self, log_p_UE: Tensor, log_q_UE: Tensor) -> Tensor:
+        """0-d sum over tokens of the divergence between words and groups of words."""
         if self.plain:
-            return {"words": (log_p_UK1.exp() * (log_p_UK1 - log_q_UK1)).sum()}
-        return {"words": self.divergence(log_p_UK1, log_q_UK1).sum()}
+            return (log_p_UE.exp() * (log_p_UE - log_q_UE)).sum()
+        return self.divergence(log_p_UE, log_q_UE).sum()
 
     def _divergence(self, student_UV: Tensor, teacher_UV: Tensor) -> Tensor:
         """0-d sum over tokens of the divergence of two sides' logits, with its factor for T."""
@@ -216,9 +229,9 @@ class LMKD(Method):
         return temperature**self.power * of_tokens(self.divergence, student_UV, teacher_UV, temperature).sum()
 
 
-def head_and_tail(logits_UV: Tensor, ids_UK: Tensor) -> Tensor:
-    """[U, K + 1] log-probabilities of the words ``ids_UK`` and, last, of all others together."""
+def head_and_tail(logits_UV: Tensor, ids_UK: Tensor, bands: int = 1) -> Tensor:
+    """[U, K + B] log-probabilities of the words ``ids_UK`` and, last, of the others in B = ``bands`` bands."""
     log_sum_U1 = logits_UV.logsumexp(-1, keepdim=True)
     # Summing the other words, instead of log(1 - sum of the K), keeps a small tail and its gradient exact.
-    rest_U1 = logits_UV.scatter(-1, ids_UK, MASKED).logsumexp(-1, keepdim=True)
-    return torch.cat([logits_UV.gather(-1, ids_UK), rest_U1], -1) - log_sum_U1
+    rest_UB = in_bands(logits_UV.scatter(-1, ids_UK, MASKED), bands)
+    return torch.cat([logits_UV.gather(-1, ids_UK), rest_UB], -1) - log_sum_U1

@@ -20,7 +20,14 @@ def estimated_kl(logits_UV: Tensor, target: Estimate) -> Tensor:
 
 
 def chosen_form(
-    words: int, top: int | None, nucleus: float | None, least: int | None, draws: int | None, tau: float | None, samples: int | None
+    words: int,
+    top: int | None,
+    nucleus: float | None,
+    least: int | None,
+    bands: int | None,
+    draws: int | None,
+    tau: float | None,
+    samples: int | None,
 ) -> WordForm | None:
     """The form that ``lm_kd``'s options name, of a vocabulary of so many words; None for dense logits.
 
@@ -28,9 +35,9 @@ def chosen_form(
         ValueError: they contradict each other; says which serve.
     """
     if top is None and draws is None:
-        for option, value in {"nucleus": nucleus, "least": least, "tau": tau, "samples": samples}.items():
+        for option, value in {"nucleus": nucleus, "least": least, "bands": bands, "tau": tau, "samples": samples}.items():
             if value is not None:
-                needed = "top (words at most)" if option in ("nucleus", "least") else "draws (words of a set)"
+                needed = "top (words at most)" if option in ("nucleus", "least", "bands") else "draws (words of a set)"
                 raise ValueError(f"{option}: goes with {needed}; set it, or leave {option} out (dense logits)")
         return None
     if draws is None and (tau is not None or samples is not None):
@@ -39,6 +46,10 @@ def chosen_form(
         raise ValueError("nucleus: goes with top alone; with draws the mass of the others is drawn from, whatever it is; leave one out")
     if least is not None and nucleus is None:
         raise ValueError("least: says how many words a nucleus has at least; set nucleus, or leave it out")
-    form = WordForm(top or 0, 1.0 if nucleus is None else nucleus, least or 1, draws or 0, 1.0 if tau is None else tau, samples or 1)
+    if bands is not None and (draws is not None or nucleus is not None):
+        raise ValueError("bands: they hold all of the mass that the likeliest words leave; leave draws and nucleus out, or bands")
+    form = WordForm(
+        top or 0, 1.0 if nucleus is None else nucleus, least or 1, draws or 0, 1.0 if tau is None else tau, samples or 1, bands or 0
+    )
     form.check(words)
     return form

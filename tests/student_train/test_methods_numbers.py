@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from case import Case, all_cases, all_of, modules
 from given import Given, in_words, make_batch, make_features, shape
 
-from online.batch import IGNORED, Batch, Drawn, Features, TopDrawn, TopK
+from online.batch import IGNORED, Batch, Drawn, Features, TopBanded, TopDrawn, TopK
 from store.features import FeatureKey, neurons
 from store.shape import ModelShape
 from student_train.methods import METHODS, parse_method
@@ -69,9 +69,9 @@ def label(key: FeatureKey) -> str:
     return f"{key.pass_name}/{key.name}" if key.pass_name else key.name
 
 
-def named(features: Features, double: bool) -> dict[str, Tensor | TopK | Drawn | TopDrawn]:
+def named(features: Features, double: bool) -> dict[str, Tensor | TopK | Drawn | TopDrawn | TopBanded]:
     """By teacher, site and layer; where a site is read twice, the second with its positions."""
-    result: dict[str, Tensor | TopK | Drawn | TopDrawn] = {}
+    result: dict[str, Tensor | TopK | Drawn | TopDrawn | TopBanded] = {}
     for key, value in sorted(features.items(), key=lambda item: str(item[0])):
         changed = value.detach().double().requires_grad_(double) if isinstance(value, Tensor) else value
         result[str(key) if label(key) in result else label(key)] = changed

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, Drawn, Features, TopDrawn, TopK, Value
+from online.batch import IGNORED, Batch, Drawn, Features, TopBanded, TopDrawn, TopK, Value
 from store.features import FeatureKey
 from store.forms import word_form
 from store.shape import ModelShape
@@ -114,7 +114,7 @@ def make_value(key: FeatureKey, one: ModelShape, batch: Batch, generator: torch.
     return in_words(value, key.form, generator)
 
 
-def in_words(logits: Tensor, text: str, generator: torch.Generator) -> TopK | Drawn | TopDrawn:
+def in_words(logits: Tensor, text: str, generator: torch.Generator) -> TopK | Drawn | TopDrawn | TopBanded:
     """Dense logits in a form of word predictions, word by word; what is drawn follows from ``generator`` instead of the text."""
     form = word_form(text)
     assert form is not None
@@ -148,8 +148,27 @@ def in_words(logits: Tensor, text: str, generator: torch.Generator) -> TopK | Dr
     columns = [torch.tensor([row[n] for row in found]).unflatten(0, logits.shape[:-1]) for n in range(3)]
     if not form.top:
         return Drawn(columns[0].long(), columns[1].float(), columns[2].float()[..., : None if form.tau != 1 else 0])
+    if form.bands:
+        return in_bands(logits, columns[0].long(), columns[1].float(), form.bands)
     kind = TopDrawn if form.draws else TopK
     return kind(columns[0].long(), columns[1].float(), columns[2].float().squeeze(-1))
+
+
+def in_bands(logits: Tensor, ids: Tensor, log_probs: Tensor, bands: int) -> TopBanded:
+    """Likeliest words, and a sixteenth of a nat's steps of the mass of the others in each band of ids, word by word."""
+    words, codes = logits.shape[-1], []
+    for log_p, kept in zip(logits.log_softmax(-1).double().flatten(0, -2), ids.flatten(0, -2).tolist(), strict=True):
+        masses = [0.0] * bands
+        for word in range(words):
+            if word not in kept:
+                masses[band_of(word, words, bands)] += log_p[word].exp().item()
+        codes.append([min(255, round(-16 * math.log(mass))) if mass else 255 for mass in masses])
+    return TopBanded(ids, log_probs, torch.tensor(codes).float().unflatten(0, logits.shape[:-1]))
+
+
+def band_of(word: int, words: int, bands: int) -> int:
+    """The last band that starts no later than ``word``; band b starts at 1000 ((V / 1000 + 1)^(b / B) - 1), but not before b."""
+    return max(b for b in range(bands) if max(b, math.floor(1000 * ((words / 1000 + 1) ** (b / bands) - 1))) <= word)
 
 
 def make_features(keys: frozenset[FeatureKey], one: ModelShape, batch: Batch, seed: int) -> Features:
@@ -163,7 +182,7 @@ Named = dict[str, Tensor]
 @dataclasses.dataclass
 class Given:
     S: Named
-    T: dict[str, Tensor | TopK | Drawn | TopDrawn]
+    T: dict[str, Tensor | TopK | Drawn | TopDrawn | TopBanded]
     P: Named
     batch: Batch
     student: ModelShape
