@@ -7,7 +7,7 @@ Shapes: V words of the tokenizer, K kept words, B rows, T padded tokens.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from online.batch import IGNORED
+from store.features import FeatureKey
 
 FILE = "vocabulary.safetensors"
 """Beside the weights of a model that keeps only some words."""
@@ -136,6 +137,21 @@ def kept_words(model: PreTrainedModel) -> KeptWords | None:
     """The words that ``model`` keeps, on its device; None where it has all."""
     embedding = next((module for module in model.modules() if hasattr(module, "places")), None)
     return None if embedding is None else KeptWords(embedding.kept, embedding.places)
+
+
+def refuse_own_words(model: PreTrainedModel, keys: Iterable[FeatureKey]) -> None:
+    """A teacher must not answer with words in an order that nobody else knows.
+
+    Raises:
+        ValueError: ``model`` keeps only some words, and one of ``keys`` is about words.
+    """
+    words = kept_words(model)
+    about = sorted(str(key) for key in keys if key.site in ("lm_logits", "head_input"))
+    if words is not None and about:
+        raise ValueError(
+            f"{about[0]}: this teacher has {len(words.kept):,} of {words.words:,} words, in an order of its own; give its expanded folder "
+            "(student-train export FOLDER OUT --to expanded), which answers with all words and thinks the same of those"
+        )
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from online.batch import IGNORED
-from online.kept_words import KeptWords, without_padding_beyond
-from online.models import HEADS, load_config, load_tokenizer
+from online.kept_words import KeptWords, kept_words, without_padding_beyond
+from online.models import HEADS, LoadedModel, load_config, load_tokenizer
 from store.pool import pools
 from store.reader import Store
 from store.shape import Head, ModelShape
@@ -131,7 +131,8 @@ def choose(blueprint: Blueprint) -> KeptWords:
     assert spec is not None
     assert words is not None
     tokenizer = load_tokenizer(blueprint.tokenizer)
-    forced = forced_words(spec, tokenizer, words)
+    answers = {number for one in blueprint.corpus for number in Store.open(one.store).manifest.rows.verbalisers}
+    forced = forced_words(spec, tokenizer, words) | answers
     kept_K = torch.from_numpy(ranked(count(blueprint.corpus, words), forced)[: kept_size(spec.rate, words)])
     if spec.map == "unk":
         unknown = int((kept_K == tokenizer.unk_token_id).nonzero().item())
@@ -141,6 +142,24 @@ def choose(blueprint: Blueprint) -> KeptWords:
     if len(vectors_VW) != words:
         raise ValueError(f"student.vocabulary: expected the embeddings of {words} words, found {len(vectors_VW)} in {source.folder}")
     return places_of(kept_K, words, nearest(vectors_VW, kept_K, spec.map))
+
+
+def check_verbalisers(student: LoadedModel, store: Store) -> None:
+    """Words that stand for classes must be among those that the student keeps, or it could not tell their classes apart.
+
+    Raises:
+        ValueError: one is not; the message says what the phase that chose the words should have kept.
+    """
+    words, ids = kept_words(student.model), store.manifest.rows.verbalisers
+    if words is None:
+        return
+    dropped = [number for number in ids if int(words.kept[words.places[number]]) != number]
+    if dropped:
+        names = dropped if student.tokenizer is None else student.tokenizer.convert_ids_to_tokens(dropped)
+        raise ValueError(
+            f"the classes of {store.where} are the words {', '.join(map(str, names))}, which the student does not keep: name them with "
+            "student.vocabulary: keep in the phase that chooses its words"
+        )
 
 
 def count(data: Sequence[DataSpec], words: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from online.batch import Batch
 from online.capture import check_key
 from online.encode import encode_on_device
 from online.interchange import answered
+from online.kept_words import refuse_own_words
 from online.models import LoadedModel, check_length, load_model
 from online.pending import Pending
 from online.planner import Plan, Units, plan
@@ -94,6 +95,7 @@ def load_pass(recipe: DumpRecipe, requests: tuple[Request, ...], rows: RowTable,
     loaded = load_model(recipe.teacher, sharding=recipe.sharding, device=device)
     for request in requests:
         check_key(loaded, replace(request.key, form=""))
+    refuse_own_words(loaded.model, (request.key for request in requests))
     check_length(loaded, rows.longest)
     return pass_of(recipe, requests, loaded, loaded.fingerprint, device, Units.average(rows), made)
 

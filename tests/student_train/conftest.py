@@ -31,6 +31,20 @@ def stores() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def tiny_words() -> ModuleType:
+    """The script ``tiny_words.py`` as a module."""
+    return _module("tiny_words")
+
+
+@pytest.fixture(scope="session")
+def many_words(tiny_words: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a masked-LM ``teacher`` of 410 words and a ``store`` of masked rows with its word logits in the pass ``tiny``."""
+    folder: Path = tmp_path_factory.mktemp("many")
+    tiny_words.write_store(folder, ["lm_logits@all"])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_chain() -> ModuleType:
     """The script ``tiny_chain.py`` as a module."""
     return _module("tiny_chain")
