@@ -27,7 +27,7 @@ def pack(ids_nK: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
     groups = -(-count // 8)  # of 8 ids, whose bits end with a byte
     ids_nG8 = np.zeros((len(ids_nK), groups * 8), np.uint32)
     ids_nG8[:, :count] = ids_nK
-    ids_nG8 = ids_nG8.reshape(-1, groups, 8)
+    ids_nG8 = ids_nG8.reshape(len(ids_nK), groups, 8)
     bytes_nGb = np.empty((len(ids_nK), groups, bits), np.uint8)
     for byte in range(bits):
         first, shift = divmod(8 * byte, bits)
@@ -35,7 +35,7 @@ def pack(ids_nK: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
         if shift > bits - 8:
             part_nG |= ids_nG8[..., first + 1] << np.uint32(bits - shift)
         bytes_nGb[..., byte] = part_nG  # its lowest 8 bits
-    return np.ascontiguousarray(bytes_nGb.reshape(len(ids_nK), -1)[:, : -(-count * bits // 8)])
+    return np.ascontiguousarray(bytes_nGb.reshape(len(ids_nK), groups * bits)[:, : -(-count * bits // 8)])
 
 
 def unpack(bytes_nY: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
@@ -45,7 +45,7 @@ def unpack(bytes_nY: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
     groups = -(-count // 8)
     bytes_nGb = np.zeros((len(bytes_nY), groups * bits), np.uint8)
     bytes_nGb[:, :width] = bytes_nY
-    bytes_nGb = bytes_nGb.reshape(-1, groups, bits)
+    bytes_nGb = bytes_nGb.reshape(len(bytes_nY), groups, bits)
     ids_nG8 = np.empty((len(bytes_nY), groups, 8), np.int64)
     for number in range(8):
         first, shift = divmod(number * bits, 8)
@@ -53,4 +53,4 @@ def unpack(bytes_nY: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
         for further in range(1, (shift + bits + 7) // 8):
             window_nG |= bytes_nGb[..., first + further].astype(np.uint32) << np.uint32(8 * further)
         ids_nG8[..., number] = (window_nG >> np.uint32(shift)) & np.uint32((1 << bits) - 1)
-    return ids_nG8.reshape(len(bytes_nY), -1)[:, :count]
+    return ids_nG8.reshape(len(bytes_nY), groups * 8)[:, :count]
