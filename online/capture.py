@@ -1,18 +1,21 @@
 """Read features out of a model while it runs.
 
-Shapes: B rows, T padded tokens, W width of a feature, V words, C outputs of the task head.
+Shapes: B rows, T padded tokens, M chosen ones, W width of a feature, V words, C outputs of the task head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from online.batch import Batch, Features, take
+from online.batch import Batch, Features, Value, take, words_at
 from online.derive import attention_probs, attention_scores
 from online.models import LM_HEADS, LoadedModel
+from online.narrow_head import NarrowHead
 from online.replacement import stand_ins
 from online.statics import live_statics
 from online.taps import PROJECTIONS, Site, before_words, first_argument, tap
@@ -30,7 +33,7 @@ class Capture:
         features = capture.features(batch)
 
     Where a module runs more than once, its first value is kept. A language-model head is fed no tokens while the
-    model runs: word logits are computed in ``features``, for the tokens of the key alone.
+    model runs: word logits are computed afterwards, for the tokens of the key alone, and are Words: made when they are asked for.
 
     Args:
         keys: without forms.
@@ -44,7 +47,7 @@ class Capture:
         self._loaded = loaded
         self._keys = frozenset(keys)
         self._grad = grad
-        self._answering = False
+        self._head = _Head(loaded)
         self._values: dict[Site, Tensor] = {}
         self._cut: set[Site] = set()
         self._handles: list[RemovableHandle] = []
@@ -60,9 +63,7 @@ class Capture:
             if self._loaded.word_head is not None:
                 head = before_words(self._loaded)
                 feed = (
-                    head.module.register_forward_pre_hook(self._feed_nothing)
-                    if head.takes_in
-                    else head.module.register_forward_hook(_nothing)
+                    head.module.register_forward_pre_hook(self._head.feed) if head.takes_in else head.module.register_forward_hook(_nothing)
                 )
                 self._handles.append(feed)
         except BaseException:
@@ -76,17 +77,13 @@ class Capture:
             self._values.clear()
 
     def features(self, batch: Batch) -> Features:
-        """The features of the pass that has just run on ``batch``, float32.
+        """The features of the pass that has just run on ``batch``, float32; of word logits the head runs under the autocast of now.
 
         Raises:
             ValueError: no pass has run, or a tensor was computed without gradient where one is needed (re-entrant
                 gradient checkpointing, frozen or no-grad blocks below trainable ones).
         """
-        self._answering = True
-        try:
-            return {key: self._feature(key, batch) for key in sorted(self._keys)}
-        finally:
-            self._answering = False
+        return {key: self._feature(key, batch) for key in sorted(self._keys)}
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -114,9 +111,6 @@ class Capture:
         else:
             self._handles.append(place.module.register_forward_hook(after))
 
-    def _feed_nothing(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args if self._answering else (args[0][:, :0], *args[1:])
-
     def _value(self, site: str, layer: int = 0) -> Tensor:
         if (site, layer) not in self._values:
             raise ValueError(
@@ -130,7 +124,7 @@ class Capture:
             )
         return self._values[site, layer]
 
-    def _feature(self, key: FeatureKey, batch: Batch) -> Tensor:
+    def _feature(self, key: FeatureKey, batch: Batch) -> Value:
         loaded, layer = self._loaded, key.layer or 0
         if key.site in ATTENTION:
             query_BTQ, key_BTK = self._value("query", layer), self._value("key", layer)
@@ -144,20 +138,64 @@ class Capture:
             return (value if value.dim() == 2 else take(value, batch, "last")).float()
         return _taken(value, batch, key.positions)
 
-    def _word_logits(self, key: FeatureKey, batch: Batch) -> Tensor:
-        """The head on the tokens of ``key`` alone: logits of a whole vocabulary for every token are rarely wanted."""
-        head, cap = self._loaded.word_head, self._loaded.wiring.logit_cap
-        assert head is not None
-        whole, weights = key.positions in ("all", "mean"), self._loaded.weights
+    def _word_logits(self, key: FeatureKey, batch: Batch) -> Value:
+        """The head on the tokens of ``key`` alone; made now where it cannot be called as often as a rank likes."""
         input_BTW = self._value("head_input")
-        with weights.calling(head):
-            logits: Tensor = head(input_BTW if whole else take(input_BTW, batch, key.positions))
-        logits = weights.joined(logits, self._loaded.shape.vocab)
-        logits = logits if cap is None else torch.tanh(logits / cap) * cap
-        if key.positions == "all" and not logits.requires_grad:  # nobody else has them: masked where they lie
-            logits.view(-1, logits.shape[-1])[batch.padding] = 0
-            return logits.float()
-        return _taken(logits, batch, key.positions) if whole else logits.float()
+        head = self._head.now(input_BTW.device.type, self._grad)
+        if key.positions == "mean":
+            return take(self._head.whole(input_BTW), batch, "mean")
+        input_ = input_BTW if key.positions == "all" else take(input_BTW, batch, key.positions)
+        words = words_at(key, input_, batch, head or self._head.whole, self._loaded.shape.vocab)
+        return words if head else words.dense()
+
+
+class _Head:
+    """The language-model head of a model: fed nothing while that runs, and asked for the logits of chosen tokens."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._asked = False
+
+    def feed(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As a hook in front of it."""
+        return args if self._asked else (args[0][:, :0], *args[1:])
+
+    def whole(self, input_: Tensor) -> Tensor:
+        """Logits [..., V] of ``input_`` [..., W], float32."""
+        head, weights = self._loaded.word_head, self._loaded.weights
+        assert head is not None
+        self._asked = True
+        try:
+            with weights.calling(head):
+                logits: Tensor = head(input_)
+        finally:
+            self._asked = False
+        return self._capped(weights.joined(logits, self._loaded.shape.vocab))
+
+    def now(self, device: str, grad: bool) -> Callable[[Tensor], Tensor] | None:
+        """What may be called as often as a rank likes, with autocast and gradient as they are now; None where that cannot be.
+
+        Ranks that gather the head together while each has tokens of its own would call it a different number of times: they
+        gather its weight once, without gradient.
+        """
+        loaded = self._loaded
+        modes = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, torch.is_grad_enabled()
+        if not loaded.weights.together:
+            return partial(_under, device, *modes, self.whole)
+        if grad or not isinstance(loaded.word_head, nn.Linear | NarrowHead):
+            return None
+        statics = live_statics(loaded, ("head.weight", "head.bias"))
+        product = partial(F.linear, weight=statics["head.weight"], bias=statics.get("head.bias"))
+        return partial(_under, device, *modes, lambda input_MW: self._capped(product(input_MW)))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self._loaded.wiring.logit_cap
+        return (logits if cap is None else torch.tanh(logits / cap) * cap).float()
+
+
+def _under(device: str, dtype: torch.dtype | None, grad: bool, head: Callable[[Tensor], Tensor], input_MW: Tensor) -> Tensor:
+    with torch.autocast(device, dtype, enabled=dtype is not None), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        return head(input_MW)
 
 
 def check_key(loaded: LoadedModel, key: FeatureKey) -> None:

@@ -8,18 +8,18 @@ Other values are [..., width], the leading shape any of those in online.batch.Va
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from online.batch import Batch, Features, Value, dense, narrowed, take
+from online.batch import Batch, Features, Value, dense, narrowed, take, words_at
+from online.encode import packed_in_form, padded_value
 from online.masks import pair_mask, token_positions
-from online.seeds import seeds
-from online.word_forms import in_form
+from online.words import Words
 from store.features import FeatureKey
-from store.forms import word_form
 from store.shape import ModelShape, Wiring
 
 PAIRWISE = frozenset({"attention_scores", "attention_probs"})
@@ -114,7 +114,8 @@ class Context:
         return F.linear(x, self.statics[f"{name}.weight"], self.statics.get(f"{name}.bias"))
 
 
-Compute = Callable[[FeatureKey, Sequence[Tensor], Context], Value]
+Compute = Callable[[FeatureKey, Sequence[Any], Context], Value]
+"""A key from the values of its sources: tensors, and where the key has a form of word predictions whatever word logits are."""
 
 
 def _same(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
@@ -125,10 +126,8 @@ def _taken(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tens
     return take(sources[0], context.batch, key.positions)
 
 
-def _in_form(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Value:
-    form = word_form(key.form)
-    assert form is not None, key
-    return in_form(form, sources[0], seeds(context.batch, key.positions))
+def _in_form(key: FeatureKey, sources: Sequence[Value], context: Context) -> Value:
+    return padded_value(key, packed_in_form(key, sources[0], context.batch), context.batch)
 
 
 def _narrowed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
@@ -175,8 +174,12 @@ def _transformed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -
     return normed(active, "layer", weight, bias, context.wiring.head_norm_eps)
 
 
-def _words(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Tensor:
-    return _capped(context.linear(sources[0], "head"), context.wiring.logit_cap)
+def _words(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Words:
+    def head(input_MW: Tensor) -> Tensor:
+        with torch.autocast(input_MW.device.type, enabled=False):
+            return _capped(context.linear(input_MW, "head"), context.wiring.logit_cap)
+
+    return words_at(key, sources[0], context.batch, head, context.shape.vocab)
 
 
 # The table
@@ -338,5 +341,5 @@ def derive(wanted: Iterable[FeatureKey], have: Features, statics: Statics, batch
                 raise ValueError(f"{key} does not follow from {', '.join(map(str, have)) or 'nothing'} and the weights at hand")
             for made, step in way:
                 if made not in values:
-                    values[made] = step.compute(made, [dense(values, source) for source in step.sources], context)
+                    values[made] = step.compute(made, [values[one] if made.words else dense(values, one) for one in step.sources], context)
     return {key: values[key] for key in wanted}

@@ -15,8 +15,9 @@ from online.batch import IGNORED, Batch, Drawn, Selected, TopBanded, TopDrawn, T
 from online.encoded import Encoded, as_stored
 from online.ids import unpack
 from online.seeds import seeds
-from online.vocabulary import parts, select
+from online.vocabulary import select
 from online.word_forms import in_form
+from online.words import Words, as_words
 from store.codecs import float8, int8
 from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
 from store.forms import word_form
@@ -34,7 +35,7 @@ def encode_on_device(key: FeatureKey, value: Value, batch: Batch, spec: FeatureS
     Args:
         value: The feature in ``batch``; for the forms of word predictions the logits themselves.
     """
-    packed = _packed_and_reduced(key, value, batch, spec.ids)
+    packed = packed_in_form(key, value, batch, spec.ids)
     if spec.codec in _LIMITS:
         exacts = _scaled(cast(Tensor, packed).reshape(-1, spec.arrays[0].width), spec.codec)
     else:
@@ -81,21 +82,19 @@ def assemble(key: FeatureKey, spec: FeatureSpec, arrays: Arrays, batch: Batch) -
     return padded_value(key, packed, batch)
 
 
-def reduced(key: FeatureKey, packed: Value, batch: Batch, ids: Sequence[int] = ()) -> Value:
-    """Packed logits [U, V] or vectors [U, W] in the form that ``key`` names; anything else as it is."""
-    if not key.form or not isinstance(packed, Tensor):
-        return packed
-    return narrowed(packed, key.kept) if key.kept else _form(key, packed, _units(key, batch), ids)
+def packed_in_form(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[int] = ()) -> Value:
+    """The source of ``key`` without padding, word logits and vectors in the form that the key names; anything else as it is.
 
-
-def _packed_and_reduced(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[int]) -> Value:
-    """Logits of all tokens a few at a time: packing all of them first would double their memory, and the time that it takes to get it."""
-    if not key.words or not isinstance(value, Tensor) or key.positions != "all":
-        return reduced(key, packed_value(key, value, batch), batch, ids)
-    logits_NV, units = value.flatten(0, 1), _units(key, batch)
-    count = parts(value, len(batch.real))
-    columns = zip(batch.real.tensor_split(count), *(column_U.tensor_split(count) for column_U in units), strict=True)
-    found = [_form(key, logits_NV.index_select(0, real_M), _Units(*chunk), ids) for real_M, *chunk in columns]
+    Of Words no more than a chunk of logits exists at a time.
+    """
+    packed = packed_value(key, value, batch)
+    if key.kept and isinstance(packed, Tensor):
+        return narrowed(packed, key.kept)
+    if not key.words or not isinstance(packed, Tensor | Words):
+        return packed.logits if isinstance(packed, Words) else packed
+    words = as_words(packed) if isinstance(packed, Tensor) else packed
+    columns = zip(*(column_U.split(words.parts()) for column_U in _units(key, batch)), strict=True)
+    found = [_form(key, logits_MV, _Units(*chunk), ids) for logits_MV, chunk in zip(words.chunks(), columns, strict=True)]
     if isinstance(found[0], Selected):
         return Selected(found[0].ids, *(torch.cat(column) for column in list(zip(*found, strict=True))[1:]))
     return type(found[0])(*(torch.cat(column) for column in zip(*found, strict=True)))
@@ -131,7 +130,7 @@ def _scaled(values_UW: Tensor, codec: str) -> dict[str, Tensor]:
 
 
 def packed_value(key: FeatureKey, value: Value, batch: Batch) -> Value:
-    """``value`` without padding: [B, T, ...] becomes [U, ...]; values of rows and of labelled tokens are packed already."""
+    """``value`` without padding: [B, T, ...] becomes [U, ...]; values of rows and of labelled tokens and Words are packed already."""
     if key.positions != "all":
         return value
     return _each(value, lambda tensor: tensor.flatten(0, 1).index_select(0, batch.real))
@@ -151,9 +150,11 @@ def padded_value(key: FeatureKey, value: Value, batch: Batch) -> Value:
 
 
 def _each(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
-    """``value`` with each tensor of a value per token changed."""
+    """``value`` with each tensor of a value per token changed; Words have none."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, Words):
+        return value
     if isinstance(value, Selected):
         return Selected(value.ids, *map(change, value[1:]))
     return type(value)(*map(change, value))

@@ -23,6 +23,8 @@ from online.slices import Slices, read_slices
 class Gathered(Slices):
     """Weights that FSDP2 gathers for as long as the module that holds them runs."""
 
+    together = True
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the model itself first

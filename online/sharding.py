@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -49,6 +49,9 @@ class ShardingError(ValueError):
 class Weights(Protocol):
     """The weights of a loaded model. Whatever is sharded is gathered by all ranks at once."""
 
+    together: ClassVar[bool]
+    """Whether ranks with rows of their own must call each module equally often."""
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter or buffer of the model as a whole; the live tensor itself where it is not sharded, otherwise a detached copy."""
         ...
@@ -68,6 +71,8 @@ class Weights(Protocol):
 
 class Whole:
     """Weights that are all here."""
+
+    together = False
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

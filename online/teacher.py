@@ -12,8 +12,9 @@ from torch import Tensor
 from online.batch import Batch, Features
 from online.capture import check_key
 from online.derive import derive
-from online.encode import packed_value, padded_value, reduced
+from online.encode import packed_in_form, padded_value
 from online.interchange import answered, written
+from online.kept_words import refuse_own_words
 from online.models import LoadedModel
 from online.planner import TYPICAL, Units, plan
 from online.statics import live_statics
@@ -70,6 +71,7 @@ class LiveTeacher:
         self._intervention = intervention
         for key in (*self._read.values(), *(written(intervention.layers) if intervention else ())):
             check_key(loaded, key)
+        refuse_own_words(loaded.model, self._wanted)
         self._statics: dict[str, Tensor] = {}
         loaded.model.eval()
 
@@ -87,8 +89,7 @@ class LiveTeacher:
             captured = answered(loaded, batch, self._read.values(), self._intervention)
         have: Features = {}
         for key, source in self._read.items():
-            packed = reduced(key, packed_value(key, captured[source], batch), batch)
-            have[key] = padded_value(key, packed, batch)
+            have[key] = padded_value(key, packed_in_form(key, captured[source], batch), batch)
         if not self._statics:
             self._statics = float_statics(live_statics(loaded, self._plan.statics))
         return derive(self._wanted, have, self._statics, batch, loaded.shape, loaded.wiring)

@@ -22,6 +22,8 @@ from online.slices import Slices, read_slices
 class Split(Slices):
     """Weights that no rank ever needs as a whole: each works with its own slice, and the results are summed or gathered."""
 
+    together = False
+
     def calling(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 

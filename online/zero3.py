@@ -27,6 +27,8 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Partitioned:
     """Weights in equal parts over the ranks of the default process group."""
 
+    together = True
+
     def __init__(self, engine: nn.Module) -> None:
         self._engine = engine
 

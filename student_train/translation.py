@@ -13,6 +13,7 @@ from torch import Tensor
 from online.batch import Batch, Features, Value
 from online.kept_words import KeptWords, kept_words
 from online.models import LM_HEADS, LoadedModel
+from online.words import Words
 from store.features import FeatureKey
 
 
@@ -40,5 +41,7 @@ def _labelled(batch: Batch, words: KeptWords, student: LoadedModel) -> Batch:
 def _gathered(key: FeatureKey, value: Value, kept: Tensor) -> Value:
     if key.site != "lm_logits":
         return value
+    if isinstance(value, Words):
+        return value.among(kept)
     assert isinstance(value, Tensor), f"{key}: outlines refuse forms of words here"
     return value[..., kept]

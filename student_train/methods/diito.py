@@ -15,8 +15,9 @@ from store.features import FeatureKey
 from store.intervention import Intervention
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, TeacherShapes, Temperature, Terms, Weight, check_block, check_equal, check_site
+from student_train.methods.divergences import word_kl
 from student_train.methods.lm_loss import word_loss
-from student_train.methods.losses import cosine, kl, unit_count, vectors
+from student_train.methods.losses import cosine, unit_count, vectors, word_logits
 from student_train.step import Step
 
 LOGITS, LABELS, FINAL = FeatureKey("lm_logits"), FeatureKey("lm_logits", positions="labels"), FeatureKey("final")
@@ -81,7 +82,6 @@ class DIITO(Method):
         if alpha_ce or alpha_mlm or alpha_causal_ce:
             check_site("lm_logits", student, teacher)
             check_equal("heads", student.head, teacher.head)
-            check_equal("vocabularies", student.vocab, teacher.vocab)
         if alpha_cos or alpha_causal_cos:
             hint = "the cosine has no projection; alpha_cos: 0 and alpha_causal_cos: 0 leave it out"
             check_equal("widths", student.width, teacher.width, hint)
@@ -113,17 +113,19 @@ class DIITO(Method):
         temperature, terms = self.now(self.temperature), {}
         known = {key.of(""): value for key, value in teacher.items() if key.pass_name == self.factual}
         if self.ce:
-            terms["ce"] = self.ce * kl(vectors(student, LOGITS, batch), vectors(known, LOGITS, batch), temperature).sum()
+            terms["ce"] = self.ce * word_kl(word_logits(student, LOGITS, batch), word_logits(known, LOGITS, batch), temperature).sum()
         if self.mlm:
-            terms["mlm"] = self.mlm * word_loss(vectors(student, LABELS, batch), batch)
+            terms["mlm"] = self.mlm * word_loss(word_logits(student, LABELS, batch), batch)
         if self.cos:
             terms["cos"] = self.cos * cosine(vectors(student, FINAL, batch), vectors(known, FINAL, batch)).sum()
         after, bases_BT = self._after(student, batch), self._bases(batch)
-        for term, key, weight in (("causal_ce", LOGITS, self.causal_ce), ("causal_cos", FINAL, self.causal_cos)):
-            if weight:
-                own, other = dense(after, key)[bases_BT].float(), dense(teacher, key.of(self.counterfactual))[bases_BT].float()
-                apart = kl(own, other, temperature) if key == LOGITS else cosine(own, other)
-                terms[term] = weight * apart.sum()
+        other = {key.of(""): value for key, value in teacher.items() if key.pass_name == self.counterfactual}
+        if self.causal_ce:
+            words = (word_logits(side, LOGITS, batch).at(bases_BT[batch.mask]) for side in (after, other))
+            terms["causal_ce"] = self.causal_ce * word_kl(*words, temperature).sum()
+        if self.causal_cos:
+            own_UW, other_UW = (dense(side, FINAL)[bases_BT].float() for side in (after, other))
+            terms["causal_cos"] = self.causal_cos * cosine(own_UW, other_UW).sum()
         return terms
 
     def _after(self, student: Features, batch: Batch) -> Features:

@@ -6,8 +6,9 @@ from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Temperature, Terms, Weight, check_equal, check_site, check_weights
+from student_train.methods.divergences import word_kl
 from student_train.methods.lm_loss import word_loss
-from student_train.methods.losses import cosine, kl, unit_count, vectors
+from student_train.methods.losses import cosine, unit_count, vectors, word_logits
 
 FINAL = FeatureKey("final")
 LABELS = FeatureKey("lm_logits", positions="labels")
@@ -46,7 +47,6 @@ class DistilBERT(Method):
         if soft:
             check_site("lm_logits", student, teacher)
             check_equal("heads", student.head, teacher.head)
-            check_equal("vocabularies", student.vocab, teacher.vocab)
         if mlm:
             check_site("lm_logits", student, None)
         if cosine:
@@ -69,11 +69,10 @@ class DistilBERT(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         terms = {}
         if self.soft:
-            terms["soft"] = (
-                self.soft * kl(vectors(student, self.logits, batch), vectors(teacher, self.logits, batch), self.now(self.temperature)).sum()
-            )
+            words = (word_logits(side, self.logits, batch) for side in (student, teacher))
+            terms["soft"] = self.soft * word_kl(*words, self.now(self.temperature)).sum()
         if self.mlm:
-            terms["mlm"] = self.mlm * word_loss(vectors(student, LABELS, batch), batch)
+            terms["mlm"] = self.mlm * word_loss(word_logits(student, LABELS, batch), batch)
         if self.cosine:
             terms["cosine"] = self.cosine * cosine(vectors(student, FINAL, batch), vectors(teacher, FINAL, batch)).sum()
         return terms

@@ -19,7 +19,7 @@ from store.shape import ModelShape
 from student_train.gather import gathered, summed
 from student_train.methods.base import Kind, Method, Stages, Temperature, Terms
 from student_train.methods.divergences import of_tokens, skew_forward, skew_reverse
-from student_train.methods.losses import unit_count, vectors
+from student_train.methods.losses import unit_count, word_logits
 from student_train.methods.minillm import word_log_probs
 from student_train.methods.writing import LOGITS, check_writers, only, padding, written
 from student_train.schedule import Scheduled, check_range
@@ -145,7 +145,7 @@ class DistiLLM(Method):
         return {"words": unit_count(batch, "labels")}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
-        return {"words": of_tokens(self.divergence, vectors(student, LOGITS, batch), vectors(teacher, LOGITS, batch)).sum()}
+        return {"words": of_tokens(self.divergence, word_logits(student, LOGITS, batch), word_logits(teacher, LOGITS, batch)).sum()}
 
     def _responses(self) -> Literal["given", "written", "kept"]:
         """Whose responses this step learns from."""

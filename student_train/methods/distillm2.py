@@ -17,7 +17,7 @@ from online.rollout import Writing, has_prompt, side_by_side
 from store.shape import ModelShape
 from student_train.methods.base import Kind, Method, Stages, Temperature, Terms
 from student_train.methods.divergences import forward_kl, mixture, of_tokens, skew_forward
-from student_train.methods.losses import vectors
+from student_train.methods.losses import word_logits
 from student_train.methods.writing import LOGITS, check_writers, only, padding, written
 from student_train.schedule import Scheduled, check_range
 
@@ -76,11 +76,11 @@ class DistiLLM2(Method):
         return {"given": (~own_N).sum().float(), "written": own_N.sum().float()}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
-        own_N, logits_NV, target_NV = _own(batch), vectors(student, LOGITS, batch), vectors(teacher, LOGITS, batch)
+        own_N, logits, target = _own(batch), word_logits(student, LOGITS, batch), word_logits(teacher, LOGITS, batch)
         beta, near, off = self.now(self.beta), partial(skew_forward, alpha=self.alpha), partial(_against_itself, alpha=self.alpha)
         return {
-            "given": (2 - beta) * of_tokens(near, logits_NV[~own_N], target_NV[~own_N]).sum(),
-            "written": beta * of_tokens(off, logits_NV[own_N], target_NV[own_N]).sum(),
+            "given": (2 - beta) * of_tokens(near, logits.at(~own_N), target.at(~own_N)).sum(),
+            "written": beta * of_tokens(off, logits.at(own_N), target.at(own_N)).sum(),
         }
 
 

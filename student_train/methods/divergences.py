@@ -12,30 +12,43 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from online.words import Words, as_words, each
+from student_train.methods.losses import kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """[N] numbers from log_p [N, V] and log_q [N, V]; differentiable in log_q."""
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are looked at together: what a divergence needs beside the logits is that of so many, forward and backward."""
 
-
-def of_tokens(divergence: Divergence, student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+def of_tokens(divergence: Divergence, student: Words | Tensor, teacher: Words | Tensor, temperature: float = 1.0) -> Tensor:
     """[N] the divergence of softmax(teacher / T) and softmax(student / T), float32, without any factor for T.
 
-    Both are cut to the words that they share, the first ones: models of one tokenizer may be padded to vocabularies of different
-    sizes. Tokens are taken in chunks that are computed again in the backward pass, so that beside the logits and their
-    gradient no second copy of all of them exists.
+    Logits are Words or tensors [N, V]. Where they are many, tokens are taken in chunks that are computed again in the backward
+    pass: neither side's logits, where they are Words, nor what a divergence makes of them ever exist for all tokens.
     """
-    words = min(student_NV.shape[-1], teacher_NV.shape[-1])
 
     def chunk(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
+        student_nV, teacher_nV = shared(student_nV, teacher_nV)
         return divergence((teacher_nV.float() / temperature).log_softmax(-1), (student_nV.float() / temperature).log_softmax(-1))
 
-    tokens = max(1, CHUNK_ELEMENTS // words)
-    chunks = zip(student_NV[:, :words].split(tokens), teacher_NV[:, :words].split(tokens), strict=True)
-    return torch.cat([checkpoint(chunk, *pair, use_reentrant=False, preserve_rng_state=False) for pair in chunks])
+    sides = (as_words(side) if isinstance(side, Tensor) else side for side in (student, teacher))
+    return each(chunk, *sides)
+
+
+def word_kl(student: Words, teacher: Words, temperature: float = 1.0) -> Tensor:
+    """[N] T^2 KL(p || q) as ``losses.kl`` says, of word logits."""
+    return each(lambda student_nV, teacher_nV: kl(*shared(student_nV, teacher_nV), temperature), student, teacher)
+
+
+def shared(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Both cut to the words that they share, the first ones: models of one tokenizer may be padded to different vocabularies."""
+    words = min(student_NV.shape[-1], teacher_NV.shape[-1])
+    return first_words(student_NV, words), first_words(teacher_NV, words)
+
+
+def first_words(logits_NV: Tensor, words: int) -> Tensor:
+    """[N, words]; the tensor itself where it has no more, so that no gradient is copied."""
+    return logits_NV if logits_NV.shape[-1] == words else logits_NV[:, :words]
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

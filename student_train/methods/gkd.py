@@ -15,7 +15,7 @@ from online.rollout import Writing, has_prompt
 from store.shape import ModelShape
 from student_train.methods.base import Kind, Method, Stages, Temperature, Terms
 from student_train.methods.divergences import jsd, of_tokens
-from student_train.methods.losses import unit_count, vectors
+from student_train.methods.losses import unit_count, word_logits
 from student_train.methods.writing import LOGITS, check_writers, only, written
 from student_train.schedule import Scheduled, check_range
 
@@ -82,7 +82,7 @@ class GKD(Method):
         return {"words": unit_count(batch, "labels")}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
-        return {"words": of_tokens(self.divergence, vectors(student, LOGITS, batch), vectors(teacher, LOGITS, batch)).sum()}
+        return {"words": of_tokens(self.divergence, word_logits(student, LOGITS, batch), word_logits(teacher, LOGITS, batch)).sum()}
 
     def _writes(self) -> bool:
         return float(self.moment.draws("gkd", self.moment.step).random()) < self.now(self.lmbda)

@@ -14,23 +14,25 @@ from torch import Tensor
 from online.bands import in_bands, log_masses
 from online.batch import Batch, Drawn, Features, TopBanded, TopDrawn, TopK
 from online.encode import packed_value
-from online.estimates import estimate
+from online.estimates import Estimate, estimate
+from online.words import each
 from store.codecs.topk import UNUSED
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site
 from student_train.methods.divergences import (
     adaptive_kl,
+    first_words,
     forward_kl,
     jsd,
     mse,
-    of_tokens,
     reverse_kl,
+    shared,
     skew_forward,
     skew_reverse,
     total_variation,
 )
-from student_train.methods.losses import MASKED, kl, unit_count, units, vectors
+from student_train.methods.losses import MASKED, kl, unit_count, units, word_logits
 from student_train.methods.losses import mse as raw_mse
 from student_train.methods.sampled_words import chosen_form, estimated_kl
 
@@ -109,7 +111,11 @@ class LMKD(Method):
     less variance for the same bytes. ``samples: D`` reads D independent sets and learns from set e mod D in epoch e, so that epochs do
     not use one sample again. Other divergences and temperatures take log p of more words than were drawn, and are refused.
 
-    Dense logits in other divergences than KL(p || q) are compared in chunks of tokens, which are computed again for the gradient.
+    Word logits of many tokens are compared in chunks, which are computed again for the gradient, so that neither the student's nor the
+    teacher's (where it is derived from ``head_input``) ever exist for all tokens; only a student under ZeRO-3 makes all of its own.
+
+    Models of one tokenizer may be padded to vocabularies of different sizes: the words that both have are compared, the first ones. Of
+    likeliest words those that the student lacks count as tail. With ``draws`` and ``bands`` other sizes are refused.
 
     GLMD (Tan et al. 2023, arXiv 2306.06625), L_sp: ``positions: all`` and ``temperature: 15``. Its code divides by all B S places of a
     batch padded to S tokens, padding and left-out tokens too, so that short rows count less: ``row_length: S`` does so, with S a
@@ -145,10 +151,14 @@ class LMKD(Method):
     ) -> None:
         check_site("lm_logits", student, teacher)
         check_equal("heads", student.head, teacher.head)
-        check_equal("vocabularies", student.vocab, teacher.vocab)
         if top is not None and top > teacher.vocab:
             raise ValueError(f"top: the vocabulary has {teacher.vocab} words, found {top}")
         form = chosen_form(teacher.vocab, top, nucleus, least, bands, draws, tau, samples)
+        if (draws is not None or bands is not None) and student.vocab != teacher.vocab:
+            raise ValueError(
+                f"expected equal vocabularies of student and teacher for the form {form}, found {student.vocab} and {teacher.vocab}; dense "
+                "logits (leave top, draws and bands out) and likeliest words (top alone) serve models that are padded differently"
+            )
         if draws is not None and (divergence != "forward_kl" or temperature != 1):
             found = f"divergence: {divergence}" if divergence != "forward_kl" else f"temperature: {temperature}"
             raise ValueError(
@@ -182,6 +192,7 @@ class LMKD(Method):
         value = given.get(chosen.option)
         parameters = {chosen.option: chosen.usual if value is None else value} if chosen.option else {}
         self.divergence, self.power = partial(chosen.of, **parameters), chosen.power
+        self.teacher_words = teacher.vocab
         self.plain, self.raw, self.row_length = divergence == "forward_kl", divergence == "raw_mse", row_length
 
     def counts(self, batch: Batch) -> Terms:
@@ -190,43 +201,54 @@ class LMKD(Method):
         return {"words": unit_count(batch, self.positions)}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
-        logits_UV, target = vectors(student, self.student_key, batch), teacher[self.teacher_key]
+        logits, target = word_logits(student, self.student_key, batch), teacher[self.teacher_key]
         if isinstance(target, Drawn | TopDrawn):
             assert self.form is not None
             packed = packed_value(self.teacher_key, target, batch)
             assert isinstance(packed, Drawn | TopDrawn)
-            return {"words": estimated_kl(logits_UV, estimate(packed, self.form, self.moment.epoch % self.form.samples)).sum()}
+            drawn = estimate(packed, self.form, self.moment.epoch % self.form.samples)
+            return {"words": each(lambda logits_MV, *of: estimated_kl(logits_MV, Estimate(*of)), logits, *drawn).sum()}
         if isinstance(target, TopBanded):
             banded = packed_value(self.teacher_key, target, batch)
             assert isinstance(banded, TopBanded)
             log_p_UE = torch.cat([banded.log_probs, log_masses(banded.bands)], -1)
-            return {"words": self._of_events(log_p_UE, head_and_tail(logits_UV, banded.ids, banded.bands.shape[-1]))}
+            return {"words": each(partial(self._of_events, bands=banded.bands.shape[-1]), logits, banded.ids, log_p_UE).sum()}
         if not isinstance(target, TopK):
-            return {"words": self._divergence(logits_UV, vectors(teacher, self.teacher_key, batch))}
+            return {"words": each(self._divergence, logits, word_logits(teacher, self.teacher_key, batch)).sum()}
         ids_UK = target.ids[batch.mask] if self.positions == "all" else target.ids
         log_p_UK, log_tail_U = (units(value, batch, self.positions) for value in (target.log_probs, target.log_tail))
-        unused_UK = log_p_UK <= UNUSED
-        ids_UK = torch.where(unused_UK, ids_UK[:, :1], ids_UK)
-        if self.tail == "none" or ids_UK.shape[-1] == logits_UV.shape[-1]:  # a ghost of no words has no probability to compare
-            log_q_UK = logits_UV.gather(-1, ids_UK).masked_fill(unused_UK, MASKED)
-            return {"words": self._divergence(log_q_UK, log_p_UK.masked_fill(unused_UK, MASKED))}
-        log_p_UK1 = torch.cat([log_p_UK, log_tail_U[:, None]], -1)
-        return {"words": self._of_events(log_p_UK1, head_and_tail(logits_UV, ids_UK))}
+        return {"words": each(self._of_likeliest, logits, ids_UK, log_p_UK, log_tail_U).sum()}
 
-    def _of_events(self, log_p_UE: Tensor, log_q_UE: Tensor) -> Tensor:
-        """0-d sum over tokens of the divergence between words and groups of words."""
+    def _divergence(self, student_MV: Tensor, teacher_MV: Tensor) -> Tensor:
+        """[M] the divergence of two sides' logits, with its factor for T."""
+        temperature, (student_MV, teacher_MV) = self.now(self.temperature), shared(student_MV, teacher_MV)
         if self.plain:
-            return (log_p_UE.exp() * (log_p_UE - log_q_UE)).sum()
-        return self.divergence(log_p_UE, log_q_UE).sum()
-
-    def _divergence(self, student_UV: Tensor, teacher_UV: Tensor) -> Tensor:
-        """0-d sum over tokens of the divergence of two sides' logits, with its factor for T."""
-        temperature = self.now(self.temperature)
-        if self.plain:
-            return kl(student_UV, teacher_UV, temperature).sum()
+            return kl(student_MV, teacher_MV, temperature)
         if self.raw:
-            return raw_mse(student_UV, teacher_UV).sum()
-        return temperature**self.power * of_tokens(self.divergence, student_UV, teacher_UV, temperature).sum()
+            return raw_mse(student_MV, teacher_MV)
+        log_p_MV, log_q_MV = ((logits / temperature).log_softmax(-1) for logits in (teacher_MV, student_MV))
+        return temperature**self.power * self.divergence(log_p_MV, log_q_MV)
+
+    def _of_likeliest(self, logits_MV: Tensor, ids_MK: Tensor, log_p_MK: Tensor, log_tail_M: Tensor) -> Tensor:
+        """[M] the divergence from likeliest words; those that the student lacks count as tail."""
+        logits_MV = first_words(logits_MV, min(logits_MV.shape[-1], self.teacher_words))
+        unused_MK = log_p_MK <= UNUSED
+        if logits_MV.shape[-1] < self.teacher_words:
+            lacking_MK = (ids_MK >= logits_MV.shape[-1]) & ~unused_MK
+            log_lacking_M = log_p_MK.masked_fill(~lacking_MK, MASKED).logsumexp(-1)
+            log_tail_M, unused_MK = torch.logaddexp(log_tail_M, log_lacking_M), unused_MK | lacking_MK
+        # Places without a word repeat one that has: what they say of it is worth nothing.
+        ids_MK = torch.where(unused_MK, ids_MK.gather(-1, unused_MK.int().argmin(-1, keepdim=True)), ids_MK).clamp(
+            max=logits_MV.shape[-1] - 1
+        )
+        log_p_MK = log_p_MK.masked_fill(unused_MK, MASKED)
+        if self.tail == "none" or ids_MK.shape[-1] == logits_MV.shape[-1]:  # a ghost of no words has no probability to compare
+            return self._divergence(logits_MV.gather(-1, ids_MK).masked_fill(unused_MK, MASKED), log_p_MK)
+        return self._of_events(logits_MV, ids_MK, torch.cat([log_p_MK, log_tail_M[:, None]], -1))
+
+    def _of_events(self, logits_MV: Tensor, ids_MK: Tensor, log_p_ME: Tensor, bands: int = 1) -> Tensor:
+        """[M] the divergence between words and groups of words, at temperature 1."""
+        return self.divergence(log_p_ME, head_and_tail(logits_MV, ids_MK, bands))
 
 
 def head_and_tail(logits_UV: Tensor, ids_UK: Tensor, bands: int = 1) -> Tensor:

@@ -3,16 +3,18 @@
 Shapes: N labelled tokens, V words.
 """
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from online.batch import Batch, Features
+from online.words import Words, each
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Terms, check_site
-from student_train.methods.losses import unit_count, vectors
+from student_train.methods.losses import unit_count, word_logits
 
 
 class LMLoss(Method):
@@ -39,11 +41,11 @@ class LMLoss(Method):
         return {"words": unit_count(batch, "labels")}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
-        return {"words": word_loss(vectors(student, self.key, batch), batch)}
+        return {"words": word_loss(word_logits(student, self.key, batch), batch)}
 
 
-def word_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
+def word_loss(words: Words, batch: Batch) -> Tensor:
     """0-d sum of the cross entropy of the labelled tokens' words."""
     if batch.token_labels is None:
-        return logits_NV.sum()  # N = 0: the sum of nothing, still differentiable
-    return F.cross_entropy(logits_NV, batch.token_labels[batch.labelled], reduction="sum")
+        return words.logits.sum()  # N = 0: the sum of nothing, still differentiable
+    return each(partial(F.cross_entropy, reduction="none"), words, batch.token_labels[batch.labelled]).sum()

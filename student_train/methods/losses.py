@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from online.batch import Batch, Features, dense, leftmost
 from online.masks import pair_mask
+from online.words import Words, as_words
 from store.features import FeatureKey
 from store.shape import ModelShape
 
@@ -26,8 +27,15 @@ def units(value: Tensor, batch: Batch, positions: str) -> Tensor:
 
 
 def vectors(features: Features, key: FeatureKey, batch: Batch) -> Tensor:
-    """[U, W] float32 vectors of the feature ``key``."""
-    return units(dense(features, key), batch, key.positions)
+    """[U, W] float32 vectors of the feature ``key``; all of its word logits at once."""
+    value = features[key]
+    return value.logits if isinstance(value, Words) else units(dense(features, key), batch, key.positions)
+
+
+def word_logits(features: Features, key: FeatureKey, batch: Batch) -> Words:
+    """The feature ``key`` of word logits, for ``online.words.each``; they need not exist all at once."""
+    value = features[key]
+    return value if isinstance(value, Words) else as_words(vectors(features, key, batch))
 
 
 def of_blocks(student: Features, teacher: Features, site: str, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from online.batch import IGNORED, Batch, Features
+from online.words import as_words
 from store.features import FeatureKey
 from store.shape import ModelShape
 from student_train.methods.base import Method, Stages, Terms, check_site
@@ -73,7 +74,7 @@ def label_count(batch: Batch, shape: ModelShape) -> Tensor:
 def label_loss(logits: Tensor, batch: Batch, shape: ModelShape) -> Tensor:
     """0-d sum of the supervised loss of ``logits`` [B, C] (token classification: [N, C])."""
     if shape.head == "token_classification":
-        return word_loss(logits, batch)
+        return word_loss(as_words(logits), batch)
     labels_B = row_labels(batch, shape)
     if shape.head == "multiple_choice":
         return -group_log_softmax(logits.squeeze(-1), batch.groups)[labels_B == 1].sum()

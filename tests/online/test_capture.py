@@ -14,6 +14,7 @@ from online.capture import Capture
 from online.masks import pair_mask
 from online.models import HEADS, CustomModules, LoadedModel, forward
 from online.statics import live_statics
+from online.words import LEAST
 from store.features import FeatureKey
 from store.shape import Head
 
@@ -80,9 +81,11 @@ def test_the_word_head_never_sees_all_tokens_unless_asked(tiny_model: Build, lay
     assert loaded.word_head is not None
     handle = loaded.word_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     capture(loaded, batch, ["hidden.1"])
-    capture(loaded, batch, ["lm_logits@labels"])
+    words = capture(loaded, batch, ["lm_logits@labels"])
+    assert sizes == [0, 0]
+    assert at(words, "lm_logits@labels").shape == (int(batch.labelled.sum()), VOCAB)
     handle.remove()
-    assert sizes == [0, 0, int(batch.labelled.sum()) * VOCAB]
+    assert sizes == [0, 0, LEAST * VOCAB]
 
 
 def test_hooks_are_gone_after_the_pass_and_after_an_error(tiny_model: Build, lay_out: LayOut) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.methods import divergences
+from online import words
 from student_train.methods.divergences import (
     Divergence,
     adaptive_kl,
@@ -128,7 +128,8 @@ def test_chunks_and_padded_vocabularies_change_nothing(monkeypatch: pytest.Monke
     torch.testing.assert_close(whole, reverse_kl(teacher[:, :9].log_softmax(-1), student.log_softmax(-1)))
     leaf = student.clone().requires_grad_()
     of_tokens(reverse_kl, leaf, teacher).sum().backward()
-    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 20)  # two tokens of 9 words
+    monkeypatch.setattr(words, "AT_ONCE", 20)  # one or two tokens of 9 and 11 words
+    monkeypatch.setattr(words, "SMALLEST", 1)
     chunked = student.clone().requires_grad_()
     found = of_tokens(reverse_kl, chunked, teacher)
     found.sum().backward()

@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 from given import CLM, LLAMA, SMALL_LLAMA, make_batch, make_features, shape
 
+from online import words
 from online.batch import Batch, TopK, dense
 from store.features import FeatureKey
-from student_train.methods import divergences, parse_method
+from student_train.methods import parse_method
 from student_train.methods.losses import kl
 
 STUDENT, TEACHER = shape(SMALL_LLAMA, *CLM), shape(LLAMA, *CLM)
@@ -67,7 +68,8 @@ def test_the_mse_is_twice_the_kl_at_a_large_temperature() -> None:
 def test_chunks_change_nothing(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, object] = {"divergence": divergence} | ({} if divergence == "mse" else {"temperature": 2})
     whole = answer(options)
-    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 25)  # two tokens of 11 words
+    monkeypatch.setattr(words, "AT_ONCE", 25)  # two tokens of 11 words
+    monkeypatch.setattr(words, "SMALLEST", 1)
     for one, other in zip(answer(options), whole, strict=True):
         torch.testing.assert_close(one, other)
 
