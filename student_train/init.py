@@ -16,6 +16,7 @@ from online.kept_words import KeptWords, map_words, read_kept_words, without_pad
 from online.models import HEADS, LoadedModel, ModelSpec, load_config, load_model, load_tokenizer
 from online.quiet import quiet
 from store.errors import MissingFeature
+from student_train.adapters import adapt
 from student_train.blocks import Source, block_pattern, check_blocks, read_weights
 from student_train.blueprint import Blueprint, plain_errors
 from student_train.importance import width_scores
@@ -72,6 +73,8 @@ def build(blueprint: Blueprint, seed: int) -> Start:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student, notices = _made(blueprint) if spec.vocabulary is None else _compressed(blueprint)
+        if spec.lora is not None:
+            notices = [*notices, adapt(student, spec.lora)]
     return Start.of(student, *notices)
 
 
@@ -108,7 +111,7 @@ def _compressed(blueprint: Blueprint) -> tuple[LoadedModel, list[str]]:
         student, notices = _made(blueprint)
     else:
         whole, notices = _made(all_words(blueprint))
-        take_rows(whole.model, blueprint.head, blueprint.config, words.kept)
+        take_rows(whole.model, blueprint.head, words.kept)
         student = LoadedModel.of(whole.model, blueprint.head, whole.tokenizer)
     _take_words(student, blueprint, words)
     dropped = words.words - len(words.kept)

@@ -4,6 +4,7 @@
 <output>/recipe.yaml     the recipe as resolved
 <output>/<phase>/start.json     what the phase is made of, and the scores of its untrained student
 <output>/<phase>/checkpoints/ metrics.jsonl tensorboard/     of the training
+<output>/<phase>/adapter/       the adapters of a student that trained no others, as peft reads them
 <output>/<phase>/student/       the result: a Hugging Face folder with a model card
 <output>/<phase>/result.json    written last: scores before and after, fingerprint of the student
 """
@@ -30,6 +31,7 @@ RECIPE = "recipe.yaml"
 START = "start.json"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
 
 
 def phase_folder(recipe: TrainRecipe, phase: str) -> Path:

@@ -12,6 +12,7 @@ from store.order import Shuffle
 from store.shape import Head
 from store.strict import Strict, did_you_mean
 from store.together import PassName
+from student_train.adapters import LoraSpec
 from student_train.live import LiveSpec, Online, teacher_kind
 from student_train.schedule import Scheduled
 from student_train.zero import Zero
@@ -145,6 +146,8 @@ class StudentSpec(Strict):
     labels: int | None = Field(default=None, ge=1)
     """Outputs of a task head; the source's by default, or the classes of the store's labels where the head is new."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSpec | None = None
+    """Train low-rank adapters instead of all weights (peft). The exported student has them added to its weights."""
     vocabulary: VocabularySpec | None = None
     """Keep only some words, with any start; by default all, or those that what it starts from keeps."""
 
@@ -251,6 +254,8 @@ class PhaseSpec(Strict):
             raise ValueError(f"phase {self.name!r}: its teacher is online, and its data rows alone: leave out pass_name and teachers")
         if self.teacher == "store" and not any(data.answers for data in self.data):
             raise ValueError(f"phase {self.name!r} learns from a teacher: give its data a pass_name, or the phase 'teacher: none'")
+        if self.student.lora is not None and self.zero is not None:
+            raise ValueError(f"phase {self.name!r}: lora trains on one rank or under DDP, where its few weights leave nothing to share out")
         if self.meta is not None and (self.meta.weight, self.meta.by_length) != (1.0, None):
             raise ValueError(f"phase {self.name!r}: meta is one split, read at random: leave out weight and by_length")
         return self

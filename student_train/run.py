@@ -20,6 +20,7 @@ from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
 from store.together import PassName, names
+from student_train.adapters import merge
 from student_train.arguments import training_arguments
 from student_train.bundle import Bundle
 from student_train.carry import carry, check_carried, dropped, keep
@@ -33,6 +34,7 @@ from student_train.methods.base import Method
 from student_train.moment import START
 from student_train.outline import Keys, Outline, outline, score_names
 from student_train.output import (
+    ADAPTER,
     CHECKPOINTS,
     finished,
     locked,
@@ -49,6 +51,7 @@ from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import micro_batches, train
 from student_train.unsafe import check_zero
+from student_train.vocabulary import check_verbalisers
 
 Models = Mapping[str, LoadedModel]
 """Teachers that run in this job, by name."""
@@ -175,6 +178,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         stores = {place: Store.open(place, follow=seconds or 0.0) for place, seconds in patience.items()}
         for store in stores.values():
             check_length(start.student, store.rows.longest)
+            check_verbalisers(start.student, store)
         device = _device(phase)
         live = load_live(phase.live, max(store.rows.longest for store in stores.values()), device)
         sources = [_source(one, data, stores[data.store], live) for data in phase.data]
@@ -203,6 +207,8 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
             notices = (*start.notices, *(f"{name} went on from phase {earlier}" for name, earlier in carried.items()), *left)
             lineage = Lineage(phase, recipe.seed, teacher_lines, _data_lines(phase, stores), notices, made)
+            if phase.student.lora is not None:
+                merge(start.student, phase.student.lora, folder / ADAPTER)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))
             write_result(
                 recipe,
