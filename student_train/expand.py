@@ -3,7 +3,6 @@
 Shapes: V words of the tokenizer.
 """
 
-import copy
 import shutil
 from pathlib import Path
 
@@ -36,9 +35,7 @@ def expand(student: LoadedModel, folder: Path) -> None:
     words = unmap_words(model)
     if words is None:
         raise ValueError("the student has all words: its folder is a plain Hugging Face folder as it is, so there is nothing to expand")
-    config = copy.deepcopy(model.config)
-    config.vocab_size = words.words
-    take_rows(model, student.shape.head, config, words.places)
+    take_rows(model, student.shape.head, words.places)
     _make_unlikely(model, student, words)
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from online.batch import IGNORED
 from online.kept_words import KeptWords, kept_words, without_padding_beyond
@@ -234,14 +234,16 @@ def input_embedding(source: Source) -> Tensor:
     return found
 
 
-def take_rows(model: PreTrainedModel, head: Head, config: PreTrainedConfig, rows: Tensor) -> None:
-    """Make ``model`` one of ``config``, which has another number of words, from ``rows`` [config.vocab_size] of what it has for each word.
+def take_rows(model: PreTrainedModel, head: Head, rows: Tensor) -> None:
+    """Make ``model`` one of ``len(rows)`` words, with what it has for the words ``rows``, in their order.
 
-    That is its embedding, and its word head with its bias, tied or not: whatever has another size in a model with ``config``.
+    That is its embedding, and its word head with its bias, tied or not: whatever has another size in a model with a word more.
     """
+    config = copy.deepcopy(model.config)
+    config.vocab_size += 1
     with torch.device("meta"), without_padding_beyond(config):
-        other = HEADS[head].from_config(config)  # type: ignore[attr-defined]
-    sizes = {name: weight.shape for name, weight in other.named_parameters(remove_duplicate=False)}
+        longer = HEADS[head].from_config(config)  # type: ignore[attr-defined]
+    sizes = {name: weight.shape for name, weight in longer.named_parameters(remove_duplicate=False)}
     made: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         axes = [axis for axis, (before, after) in enumerate(zip(weight.shape, sizes[name], strict=True)) if before != after]
