@@ -61,8 +61,8 @@ from student_train.methods.val_kl import ValKL
 METHODS: dict[str, type[Method]] = {
     "task_loss": TaskLoss,
     "lm_loss": LMLoss,
-    "cloze_loss": ClozeLoss,
     "kd": KD,
+    "cloze_loss": ClozeLoss,
     "cloze_kd": ClozeKD,
     "annealing_kd": AnnealingKD,
     "continuation_kd": ContinuationKD,

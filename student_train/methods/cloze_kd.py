@@ -15,11 +15,11 @@ from student_train.methods.losses import kl, mse, unit_count
 class ClozeKD(Method):
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), z the masked word's logits of the C words that stand for classes.
 
-    L_st of GLMD, its last phase: Tan, Tam, Wang, Gong, Zhao, Zhang, Tang, "Are Intermediate Layers and Labels Really Necessary? A General
-    Language Model Distillation Method", Findings of ACL 2023, arXiv 2306.06625, section 3, with T = 1 and no hard labels (``cloze_loss``
-    beside it is their ablation). GLM sums log-softmax over the tokens of an answer of several; here an answer is one token, and z its
-    logit, of which the softmax over classes is the same. Its code takes the cross entropy, which at T = 1 has the same gradient and is
-    larger by the teacher's entropy.
+    L_st of GLMD, its last phase, after two of ``lm_kd`` (L_sp): Tan, Tam, Wang, Gong, Zhao, Zhang, Tang, "Are Intermediate Layers and
+    Labels Really Necessary? A General Language Model Distillation Method", Findings of ACL 2023, arXiv 2306.06625, section 3, with T = 1
+    and no hard labels (``cloze_loss`` beside it is their ablation). GLM sums log-softmax over the tokens of an answer of several; here
+    an answer is one token, and z its logit, of which the softmax over classes is the same. Its code takes the cross entropy, which at
+    T = 1 has the same gradient and is larger by the teacher's entropy.
 
     ``divergence: mse`` is their other ablation: the squared difference of z as it is, mean over classes; without T.
 
@@ -27,7 +27,8 @@ class ClozeKD(Method):
     """
 
     paper = "Tan et al. 2023, arXiv 2306.06625"
-    stages: ClassVar[Stages] = {"task": ("soft",)}
+    stages: ClassVar[Stages] = {"pretraining": ("soft",), "task words": ("soft",), "task": ("soft",)}
+    kinds = frozenset({"trains in several phases"})
     accepts = "any with a masked-LM head and the teacher's vocabulary"
 
     def __init__(

@@ -29,9 +29,7 @@ GLMD = [{"name": "lm_kd", "options": SPARSE}, {"name": "cloze_kd", "weight": 3.0
 @pytest.fixture(scope="module")
 def store(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 clozes to train on and 20 to measure on, answered by a masked language model of 4 blocks."""
-    options = {"objective": "mlm", "text": "{text} it was {mask}", "cloze": {"words": ["bad", "good"]}}
-    label = {"column": "label", "classes": ["negative", "positive"]}
-    made: Path = stores.write_store(tmp_path_factory.mktemp("cloze"), "masked_lm", ["lm_logits@all"], label=label, **options)
+    made: Path = stores.write_clozes(tmp_path_factory.mktemp("cloze"))
     return made
 
 

@@ -40,10 +40,7 @@ def store_of(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder / "labelled", "classification", [*features, "query.*", "key.*", "task_logits@row"], phrases={"words": 2}
     )
     masked: Path = stores.write_store(folder / "masked", "masked_lm", [*features, "lm_logits@all"], objective="mlm", mask_probability=0.4)
-    words = {"cloze": {"words": ["bad", "good"]}, "label": {"column": "label", "classes": ["negative", "positive"]}}
-    clozes: Path = stores.write_store(
-        folder / "clozes", "masked_lm", ["lm_logits@all"], objective="mlm", text="{text} it was {mask}", **words
-    )
+    clozes: Path = stores.write_clozes(folder / "clozes")
     return lambda method: clozes if method in CLOZES else masked if method in WORDS else labelled
 
 

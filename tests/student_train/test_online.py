@@ -33,6 +33,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 ]
 NAMES = [f"{method}-{number}" for number, (method, _) in enumerate(RUNS)]
 WORDS = {"lm_loss", "lm_kd", "distilbert"}
+CLOZES = {"cloze_loss", "cloze_kd"}
 CLOCK = ("tokens_per_second", "loader_wait")
 QUIET = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1, "learning_rate": 1e-3}
 STUDENT = {"random": {"num_hidden_layers": 2, "hidden_dropout_prob": 0.0}}
@@ -41,7 +42,7 @@ STILL = {"random": {**STUDENT["random"], "attention_probs_dropout_prob": 0.0}}
 
 @pytest.fixture(scope="module")
 def folder_of(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Method -> a folder with ``store`` and its ``teacher``: labelled rows with phrases, or masked ones for word predictions."""
+    """Method -> a folder with ``store`` and its ``teacher``: labelled rows with phrases, masked ones for words, or clozes."""
     features, folder = ["hidden.*@all", "attention_scores.*", "value.*"], tmp_path_factory.mktemp("online")
     stores.write_store(
         folder / "labelled",
@@ -51,7 +52,8 @@ def folder_of(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
         domain={"column": "question", "classes": [str(number) for number in range(14)]},
     )
     stores.write_store(folder / "masked", "masked_lm", [*features, "lm_logits@all"], objective="mlm", mask_probability=0.4)
-    return lambda method: folder / ("masked" if method in WORDS else "labelled")
+    stores.write_clozes(folder / "clozes")
+    return lambda method: folder / ("clozes" if method in CLOZES else "masked" if method in WORDS else "labelled")
 
 
 def recipe(
@@ -59,7 +61,7 @@ def recipe(
 ) -> TrainRecipe:
     """One method of 20 rows a step, its features from the store of ``folder`` or from the teacher beside it."""
     several = METHODS[method].several
-    head = "masked_lm" if folder.name == "masked" else "classification"
+    head = "masked_lm" if folder.name in ("masked", "clozes") else "classification"
     live = {"model": str(folder / "teacher"), "head": head, **(live or {})}
     answers = {"teachers": {"small": "tiny", "large": "tiny"}} if several else {"pass_name": "tiny"}
     data = {"store": str(folder / "store"), **({} if online else answers)}

@@ -26,19 +26,21 @@ FIRST = {method: options for method, options in reversed(all_of("RUNS"))}
 CHANGING = {"mobilebert", "rail_kd", "sid", "lrc_bert"}
 """Refused under stage 3 (test_unsafe.py)."""
 WORDS = {"lm_loss", "lm_kd", "distilbert"}
+CLOZES = {"cloze_loss", "cloze_kd"}
 LOOP: dict[str, Any] = {"pass_name": "tiny", "bank": False, "steps": 4, "dropout": 0.0, "trainer": {"save_strategy": "no"}}
 SPEED = ("tokens_per_second", "loader_wait")
 
 
 @pytest.fixture(scope="module")
 def store_of(stores: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Method -> 40 rows and all that a teacher of 4 blocks answers: labelled ones with phrases, or for word predictions masked ones."""
+    """Method -> 40 rows and all that a teacher of 4 blocks answers: labelled ones with phrases, masked ones for words, or clozes."""
     features, folder = ["hidden.*@all", "attention_scores.*", "value.*"], tmp_path_factory.mktemp("zero")
     labelled: Path = stores.write_store(
         folder / "labelled", "classification", [*features, "query.*", "key.*", "task_logits@row"], phrases={"words": 2}
     )
     masked: Path = stores.write_store(folder / "masked", "masked_lm", [*features, "lm_logits@all"], objective="mlm", mask_probability=0.4)
-    return lambda method: masked if method in WORDS else labelled
+    clozes: Path = stores.write_clozes(folder / "clozes")
+    return lambda method: clozes if method in CLOZES else masked if method in WORDS else labelled
 
 
 def test_the_methods_that_are_left_out_under_stage_3_exist() -> None:

@@ -112,3 +112,10 @@ def write_store(folder: Path, head: Head, features: list[str], **rows: object) -
     }
     dump(DumpRecipe.model_validate(recipe), ("tests",))
     return folder / "store"
+
+
+def write_clozes(folder: Path) -> Path:
+    """The same with a masked language model, whose rows are clozes."""
+    label = {"column": "label", "classes": ["negative", "positive"]}
+    cloze = {"text": "{text} it was {mask}", "cloze": {"words": ["bad", "good"]}, "objective": "mlm"}
+    return write_store(folder, "masked_lm", ["lm_logits@all"], label=label, **cloze)
