@@ -1,6 +1,6 @@
 """How far derived features are from live ones, measured on a few real rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from online.interchange import answered
 from online.masks import pair_mask
 from online.statics import live_statics
 from online.teacher import float_statics
+from online.words import Words
 from store.codecs import feature_spec
 from store.features import MANTISSA, FeatureKey, FeatureSpec, StoreDtype
 from store.reader import Store
@@ -55,11 +56,11 @@ def live(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -
     return found
 
 
-def derived_errors(teacher: TeacherPass, batches: Sequence[tuple[Batch, Sequence[str]]]) -> dict[str, float]:
-    """The errors of derived features alone, for which the teacher is run; see :func:`errors`."""
+def derived_errors(teacher: TeacherPass, answers: Sequence[Live]) -> dict[str, float]:
+    """The errors of derived features alone; see :func:`errors`."""
     if not teacher.plan.derived:
         return {}
-    found = errors(teacher, live(teacher, batches), teacher.specs)
+    found = errors(teacher, answers, teacher.specs)
     return {str(key): found[str(key)] for key in teacher.plan.derived}
 
 
@@ -86,8 +87,8 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
             found = derive(compared.values(), stored, statics, batch, shape, wiring)
             exact = derive(compared.values(), answer.values, statics, batch, shape, wiring)
             for key, other in compared.items():
-                there, true = _numbers(key, found[other], batch, teacher), _numbers(key, exact[other], batch, teacher)
-                sums[key] += [float((there - true).square().sum()), float(true.square().sum())]
+                for there, true in _pairs(key, found[other], exact[other], batch, teacher):
+                    sums[key] += [float((there - true).square().sum()), float(true.square().sum())]
     return {str(key): float(np.sqrt(error / max(norm, 1e-30))) for key, (error, norm) in sums.items()}
 
 
@@ -101,10 +102,20 @@ def stored_as(teacher: TeacherPass, dtype: StoreDtype) -> list[FeatureSpec]:
     ]
 
 
+def _pairs(key: FeatureKey, found: Value, exact: Value, batch: Batch, teacher: TeacherPass) -> Iterator[tuple[Tensor, Tensor]]:
+    """The numbers of both that mean something, in float64; of word logits a few tokens at a time."""
+    if isinstance(found, Words) and isinstance(exact, Words):
+        yield from ((there.double(), true.double()) for there, true in zip(found.chunks(), exact.chunks(), strict=True))
+    else:
+        yield _numbers(key, found, batch, teacher), _numbers(key, exact, batch, teacher)
+
+
 def _numbers(key: FeatureKey, value: Value, batch: Batch, teacher: TeacherPass) -> Tensor:
     """The numbers of ``value`` that mean something, in float64."""
     if isinstance(value, TopK):
         return value.log_probs.double()
+    if isinstance(value, Words):
+        return value.logits.double()
     assert isinstance(value, Tensor)
     if key.site in PAIRWISE:
         assert key.layer is not None

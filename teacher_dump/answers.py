@@ -11,6 +11,7 @@ from online.batch import Selected
 from online.collate import collate
 from online.derive import derive
 from online.encode import assemble, from_numpy, packed_value
+from online.words import Words
 from store.codecs import decode
 from store.features import FeatureKey
 from store.reader import Store
@@ -44,6 +45,7 @@ class Answers:
         have = {spec.feature: assemble(spec.feature, spec, arrays, batch) for spec, arrays in packed.items()}
         for key, value in derive(self._derived, have, self._statics, batch, self._info.shape, self._info.wiring).items():
             value = packed_value(key, value, batch)
+            value = value.logits if isinstance(value, Words) else value
             if isinstance(value, torch.Tensor):
                 yield key, {"": value.numpy()}
             else:

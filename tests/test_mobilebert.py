@@ -18,6 +18,7 @@ from online.collate import collate
 from online.models import HEADS, LoadedModel, ModelSpec, forward, load_config, load_model
 from online.planner import Units
 from online.teacher import LiveTeacher
+from online.words import Words
 from store.features import FeatureKey
 from store.manifest import Task
 from store.reader import Store
@@ -126,7 +127,8 @@ def test_what_a_store_answers_is_what_the_live_teacher_answers_to_the_bit(wanted
     _, stored, live = world.answers(wanted, 32)
     assert stored.keys() == live.keys() == wanted
     for key, value in live.items():
-        for found, expected in zip(*((one,) if isinstance(one, Tensor) else one for one in (stored[key], value)), strict=True):
+        values = (one.logits if isinstance(one, Words) else one for one in (stored[key], value))
+        for found, expected in zip(*((one,) if isinstance(one, Tensor) else one for one in values), strict=True):
             assert torch.equal(found, expected), key
 
 

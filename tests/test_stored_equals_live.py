@@ -31,6 +31,7 @@ from online.derive import PAIRWISE
 from online.models import HEADS, LoadedModel, ModelSpec, load_model
 from online.planner import Units
 from online.teacher import LiveTeacher
+from online.words import Words
 from store.errors import MissingFeature
 from store.features import FeatureKey
 from store.intervention import Intervention
@@ -209,6 +210,8 @@ def both(
 
 
 def tensors(value: Value) -> tuple[Tensor, ...]:
+    if isinstance(value, Words):
+        return (value.dense(),)
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
