@@ -91,7 +91,9 @@ def check_live(spec: LiveSpec, rows: RowsInfo, store: str) -> None:
     if found != rows.tokenizer:
         raise FingerprintMismatch(
             f"{store} was built with another tokenizer than that of the teacher {spec.model}: rows.tokenizer is {rows.tokenizer[:12]}, "
-            f"the teacher's {found[:12]}; build rows with this tokenizer (teacher-dump rows)"
+            f"the teacher's {found[:12]}; build rows with this tokenizer (teacher-dump rows). A student of another tokenizer than its "
+            "teacher's learns from text that it has written (teacher-dump generate) and from "
+            "its task logits (teacher-dump graft): docs/causal.md"
         )
     sharding, ranks = spec.sharding, int(os.environ.get("WORLD_SIZE", "1"))
     if sharding.kind == "auto":

@@ -335,5 +335,7 @@ def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: M
         raise FingerprintMismatch(
             f"{store} was built with another tokenizer than the student's ({blueprint.tokenizer.tokenizer or blueprint.tokenizer.model}): "
             f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
-            "or start the student from the store's teacher"
+            "or start the student from the store's teacher. Without a common tokenizer students "
+            "learn from text that the teacher has written (teacher-dump generate) and from "
+            "its task logits (teacher-dump graft): docs/causal.md"
         )

@@ -19,7 +19,7 @@ from teacher_dump.last_words import LastWords, RanksFailed
 from teacher_dump.plan_command import plan
 from teacher_dump.remote_commands import download, upload
 from teacher_dump.stopping import EXIT, GRACE, Stopped
-from teacher_dump.store_commands import add, copy, diff, drop, merge
+from teacher_dump.store_commands import add, copy, diff, drop, graft, merge
 
 USAGE = 2
 """Exit code of anything a user can mend."""
@@ -197,7 +197,7 @@ def export(
 
 
 program.add_command(imports)
-for command in (plan, add, merge, drop, copy, diff, upload, download):
+for command in (plan, add, merge, graft, drop, copy, diff, upload, download):
     program.add_command(command)
 
 

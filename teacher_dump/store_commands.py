@@ -54,6 +54,30 @@ def add(recipe: Path, overrides: tuple[str, ...], rows_only: bool, nproc: int, g
 
 
 @click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--pass", "pass_name", required=True, help="The pass of SOURCE.")
+def graft(source: Path, store: Path, pass_name: str) -> None:
+    """Give STORE what a pass of SOURCE says of whole rows: task logits, sentence vectors.
+
+    Both are made of the same texts, and may be of different tokenizers: a student then learns task logits from a teacher whose words
+    it doesn't share (docs/causal.md). Rows are matched by the record that they are of. One that was stopped goes on.
+    """
+    from tqdm import tqdm
+
+    from store.graft import graft as give
+
+    with tqdm(unit="shard", delay=0.5) as progress:
+
+        def tick(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(1)
+
+        features = give(source, pass_name, store, tick)
+    click.echo(f"{store}: pass {pass_name} has {', '.join(features)} of {source}")
+
+
+@click.command()
 @click.argument("new", type=click.Path(path_type=Path))
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
 def merge(new: Path, stores: tuple[Path, ...]) -> None:
