@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from online.batch import IGNORED, Batch, Features, dense
+from online.words import Words, as_words, each
 from store.features import FeatureKey
 from store.manifest import RowsInfo
 from store.shape import ModelShape
@@ -35,6 +36,8 @@ TASK_HEADS = ("classification", "token_classification", "multiple_choice")
 LM_HEADS = ("masked_lm", "causal_lm")
 SIMILARITY_ROWS = 2000
 """similarity_spearman compares all pairs of at most this many rows (the first ones): two million pairs."""
+
+BINS = 15
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,28 @@ def _kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
     return functional.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
 
 
+def _lm(features: Features) -> Words:
+    value = features[LM_LOGITS]
+    return value if isinstance(value, Words) else as_words(dense(features, LM_LOGITS))
+
+
+def _confidence(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    return each(lambda logits_MV: logits_MV.softmax(-1).amax(-1), _lm(student))
+
+
+def _right_word(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    assert batch.token_labels is not None
+    return each(lambda logits_MV, labels_M: logits_MV.argmax(-1) == labels_M, _lm(student), batch.token_labels[batch.labelled])
+
+
+def _same_word(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    return each(lambda one_MV, other_MV: one_MV.argmax(-1) == other_MV.argmax(-1), _lm(student), _lm(teacher))
+
+
+def _accepted(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
+    return each(lambda one_MV, other_MV: torch.minimum(one_MV.softmax(-1), other_MV.softmax(-1)).sum(-1), _lm(student), _lm(teacher))
+
+
 COLUMNS: dict[str, Column] = {
     "logits": Column(lambda student, teacher, batch, shape: _answers(student, batch, shape), _task, _nothing),
     "teacher_logits": Column(lambda student, teacher, batch, shape: _answers(teacher, batch, shape), _nothing, _task),
@@ -115,6 +140,10 @@ COLUMNS: dict[str, Column] = {
     "groups": Column(lambda student, teacher, batch, shape: batch.groups, _nothing, _nothing),
     "nll": Column(_nll, _words, _nothing),
     "word_kl": Column(_word_kl, _words, _words),
+    "confidence": Column(_confidence, _words, _nothing),
+    "right_word": Column(_right_word, _words, _nothing),
+    "same_word": Column(_same_word, _words, _words),
+    "accepted": Column(_accepted, _words, _words),
     "sentence": Column(lambda student, teacher, batch, shape: dense(student, SENTENCE), _sentence, _nothing),
     "teacher_sentence": Column(lambda student, teacher, batch, shape: dense(teacher, SENTENCE), _nothing, _sentence),
 }
@@ -178,6 +207,12 @@ def perplexity(nll_N: Array) -> float:
     return math.exp(min(float(nll_N.mean()), 700.0))
 
 
+def ece(confidence_N: Array, right_N: Array) -> float:
+    """Expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599): |share right - mean confidence| by tokens."""
+    bins_N = np.minimum((confidence_N * BINS).astype(int), BINS - 1)
+    return float(sum(abs((right_N - confidence_N)[bins_N == number].sum()) for number in range(BINS)) / len(right_N))
+
+
 def choice_accuracy(logits_RC: Array, labels_R: Array, groups_R: Array) -> float:
     """Share of groups whose likeliest row is the right one; with two outputs a row's score is logit 1 - logit 0."""
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
@@ -233,6 +268,16 @@ METRICS: dict[str, Metric] = {
     "teacher_kl": Metric(
         "mean KL(teacher || student) of the words at labelled tokens", ("word_kl",), lambda kl_N: float(kl_N.mean()), heads=LM_HEADS
     ),
+    "word_agreement": Metric(
+        "share of labelled tokens with the teacher's likeliest word", ("same_word",), lambda same_N: float(same_N.mean()), heads=LM_HEADS
+    ),
+    "acceptance": Metric(
+        "chance that a word drawn from the student stands when the teacher checks it (speculative decoding): sum of min(p, q)",
+        ("accepted",),
+        lambda accepted_N: float(accepted_N.mean()),
+        heads=LM_HEADS,
+    ),
+    "ece": Metric("calibration error of the likeliest word at labelled tokens, 15 bins", ("confidence", "right_word"), ece, heads=LM_HEADS),
     "similarity_spearman": Metric(
         "Spearman correlation with the teacher of the cosine similarities of rows (mean of the final vectors)",
         ("sentence", "teacher_sentence"),
