@@ -5,8 +5,8 @@
 
 Rows come from a store; the words that they are scored on are predicted by a teacher and by students of one vocabulary (a FOLDER, or
 FOLDER:2,4,6 for some of its blocks), in float32. Each form is made by the store's own codec, in the types that it would be stored in, and
-its gradient is that of ``lm_kd``; peers are in word_peers.py, on the same logits. With g the gradient of KL(t || p) in the student's logits,
-p - t, and e that of a form, of each token:
+its gradient is that of ``lm_kd``; peers are in word_peers.py, on the same logits. With g = p - t the gradient of KL(t || p) in a student's
+logits, and e that of a form, of each token:
 
 - ``error``: |e - g| / |g|, of all tokens together (root of the summed squares); ``token_error``: its mean over tokens;
 - ``angle``: degrees between e and g, mean over tokens; ``norm``: |e| / |g|, mean over tokens;

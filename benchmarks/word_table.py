@@ -4,6 +4,7 @@ python benchmarks/word_table.py [benchmarks/results/word_predictions.json]
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from matplotlib.figure import Figure
 
 COLUMNS = ("bytes", "error", "token_error", "angle", "norm", "batch_error", "mean_error", "kl")
 KINDS = {
-    "head_input": "#888888",
-    "band": "#d62728",
-    "draw": "#1f77b4",
-    "RS-KD": "#17becf",
-    "top": "#2ca02c",
-    "Megatron": "#9467bd",
-    "DistillKit": "#ff7f0e",
+    "what the head takes in": "head_input",
+    "likeliest words and bands": "band",
+    "RS-KD (17-bit words, 7-bit counts)": "RS-KD",
+    "words drawn at random": "draw",
+    "Megatron-LM, no tail": "Megatron-LM top .*no tail",
+    "Megatron-LM, ghost": "Megatron-LM",
+    "DistillKit, no tail": "DistillKit.*normalize_t, no tail",
+    "DistillKit, ghost": "DistillKit.*normalize_t, ghost",
+    "likeliest words": "top",
 }
-"""A part of a form's name, the first that fits, and its colour."""
+"""Forms that belong together: the first whose pattern is in a form's name. DistillKit's are drawn with the better of its two settings."""
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -35,20 +38,31 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def figure(figures: dict[str, Any]) -> Figure:
-    """Errors over bytes, tokens by themselves on the left, batches on the right; a row for each student."""
+    """Errors over bytes, of tokens by themselves on the left, of batches on the right; a row for each student."""
     students = figures["students"]
     drawing = Figure(figsize=(11, 4.2 * len(students)), layout="constrained")
     axes = drawing.subplots(len(students), 2, squeeze=False)
     for (student, forms), pair in zip(students.items(), axes, strict=True):
         for score, axis in zip(("error", "batch_error"), pair, strict=True):
-            for name, row in forms.items():
-                kind = next(part for part in KINDS if part in name)
-                if row[score] > 0 and "no tail" not in name:
-                    axis.loglog(row["bytes"], row[score], "o", color=KINDS[kind])
-                    axis.annotate(name.partition(",")[0].removesuffix(" exact 1"), (row["bytes"], row[score]), fontsize=6, rotation=20)
+            for label, points in grouped(forms).items():
+                shown = sorted((row["bytes"], row[score]) for row in points if row[score] > 0)
+                axis.loglog(*zip(*shown, strict=True), "o-", label=label, markersize=4, linewidth=1)
+            axis.set_xticks([36, 110, 300, 768], ["36", "110", "300", "768"])
+            axis.set_xticks([], minor=True)
             axis.set(xlabel="bytes a token", ylabel=score.replace("_", " "), title=Path(student).name)
             axis.grid(alpha=0.3)
+    axes[0][1].legend(fontsize=7)
     return drawing
+
+
+def grouped(forms: dict[str, dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+    """Forms by their kind."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, row in forms.items():
+        kind = next((label for label, pattern in KINDS.items() if re.search(pattern, name)), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(row)
+    return found
 
 
 def main() -> None:
