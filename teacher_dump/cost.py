@@ -149,7 +149,7 @@ def _record_bytes(
 
 def _model_bytes(recipe: DumpRecipe, loaded: LoadedModel, shipped: Mapping[str, Tensor]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        write_folder(Path(scratch) / "model", loaded, recipe, {})
+        write_folder(Path(scratch) / "model", loaded, recipe, {}, {})
         small = folder_bytes(Path(scratch))
     tensors = {weight.data_ptr(): weight.nbytes for weight in shipped.values()}
     return small + sum(tensors.values()) + 128 * len(tensors)  # a tensor's entry in the header of a safetensors file

@@ -9,7 +9,7 @@ from store.features import FeatureKey
 from store.manifest import PassInfo
 from store.publish import replace
 from store.recode import same_numbers
-from teacher_dump.records import ERRORS, read_errors
+from teacher_dump.records import ERRORS, WORD_ERRORS, read_errors, read_word_errors, written
 
 
 def settle(info: PassInfo) -> tuple[PassInfo, tuple[str, ...]]:
@@ -44,3 +44,7 @@ def forget_errors(store: Path, before: Mapping[str, PassInfo], after: Mapping[st
         left = {key: error for key, error in errors.items() if same and key in info.requested}
         if left != errors:
             replace(layout.model(store, name) / ERRORS, json.dumps(left, indent=1).encode())
+        words = read_word_errors(store, name)
+        kept = {key: error for key, error in words.items() if same and key in info.requested}
+        if kept != words:
+            replace(layout.model(store, name) / WORD_ERRORS, written(kept).encode())

@@ -20,20 +20,21 @@ from store.provenance import provenance
 from store.reader import Store
 from store.together import check_same_teacher
 from store.writer import StoreWriter
-from teacher_dump.accuracy import derived_errors, sample
+from teacher_dump.accuracy import derived_errors, live, sample
 from teacher_dump.answering import Answering, Output
 from teacher_dump.batch_size import batch_tokens
 from teacher_dump.cost import cost_of
 from teacher_dump.pipeline import Pipeline, memory_limit
 from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.records import describe_errors, read_errors
+from teacher_dump.records import describe_errors, describe_word_errors, read_errors, read_word_errors
 from teacher_dump.selection import Request, check_rows, resolve
 from teacher_dump.ship import ship, shipped_blocks, shipped_weights
 from teacher_dump.stopping import GRACE, Stopped, Stopping
 from teacher_dump.teacher import TeacherPass, load_pass
 from teacher_dump.totals import Totals
 from teacher_dump.watch import Watch
+from teacher_dump.word_errors import word_errors, worded
 from teacher_dump.work import Work
 
 WAIT = 0.5
@@ -125,8 +126,9 @@ def announce(recipe: DumpRecipe, teacher: TeacherPass, store: Store, writer: Sto
         cost = first(lambda: cost_of(store, recipe, teacher, statics, shipped, answered))
         first(lambda: check_disk(recipe.store, cost.shards(writer.pending(name)) if known else cost.added))
         if first(lambda: not (known and layout.model(recipe.store, name).is_dir())):
-            errors = derived_errors(teacher, few)
-            first(lambda: ship(teacher.loaded, recipe, shipped, errors))
+            answers = live(teacher, few) if teacher.plan.derived or worded([spec.feature for spec in teacher.specs]) else []
+            errors, words = derived_errors(teacher, answers), word_errors(teacher, answers)
+            first(lambda: ship(teacher.loaded, recipe, shipped, errors, words))
         if not known:
             first(lambda: writer.add_pass(name, info, statics))
     if not replica.leads:
@@ -236,4 +238,5 @@ def _summary(recipe: DumpRecipe, made: Sequence[int], ranks: int, totals: Totals
     else:
         lines.append(f"{who}: nothing was left to do")
     lines += describe_errors(read_errors(recipe.store, recipe.pass_name))
+    lines += describe_word_errors(read_word_errors(recipe.store, recipe.pass_name), store.manifest.passes[recipe.pass_name].features)
     return "\n".join(lines)

@@ -18,10 +18,12 @@ from teacher_dump.dump import RESERVE, requested
 from teacher_dump.measured import needs, other_shardings
 from teacher_dump.placement import placed
 from teacher_dump.recipe import DumpRecipe
+from teacher_dump.records import WordError, describe_word_errors
 from teacher_dump.scratch import scratch_rows
 from teacher_dump.ship import shipped_blocks, shipped_weights
 from teacher_dump.teacher import TeacherPass, load_pass
 from teacher_dump.timing import Timing, measure
+from teacher_dump.word_errors import word_errors
 
 _TYPES: tuple[StoreDtype, ...] = ("float32", "float16", "bfloat16", "int8", "float8")
 """Stored types that are tried beside the one that is asked for."""
@@ -37,6 +39,7 @@ class _Findings:
     timing: Timing
     errors: dict[str, float]
     """Feature -> relative error of what is read back, or derived from it, against the live teacher."""
+    words: dict[str, WordError]
     tried: dict[StoreDtype, dict[str, float] | str]
     """The same with every number in a type, or why it cannot be used."""
     present: bool
@@ -73,7 +76,8 @@ def plan(recipe: DumpRecipe, command: Sequence[str], ranks: int | None = None) -
         answers = live(teacher, sample(store, teacher.batch_tokens))
         found = errors(teacher, answers, teacher.specs)
         tried = {dtype: _tried(teacher, answers, dtype) for dtype in _TYPES} if teacher.plan.derived else {}
-        findings = _Findings(store, teacher, cost, pending, timing, found, tried, path == recipe.store)
+        words = word_errors(teacher, answers)
+        findings = _Findings(store, teacher, cost, pending, timing, found, words, tried, path == recipe.store)
         report = "\n".join(_report(recipe, findings, replica, ranks)) if replica.leads else ""
         replica.ranks.wait()  # the first one takes its scratch folder away
         return report
@@ -114,6 +118,8 @@ def _report(recipe: DumpRecipe, found: _Findings, replica: Replica, ranks: int |
         yield "\nderived from it when read, with the relative error against the live teacher on a few rows, here and in other types:"
         yield table(_derived(found), right="234567")
         yield from (f"  {dtype}: {why}" for dtype, why in found.tried.items() if isinstance(why, str))
+    if found.words:
+        yield "\n" + "\n".join(describe_word_errors(found.words, teacher.specs))
     yield "\ndisk:"
     yield table(
         [

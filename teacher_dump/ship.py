@@ -19,7 +19,7 @@ from store import layout
 from store.errors import StoreError
 from store.publish import sync_file, sync_folder, writing
 from teacher_dump.recipe import DumpRecipe
-from teacher_dump.records import ERRORS, RECIPE
+from teacher_dump.records import ERRORS, RECIPE, WORD_ERRORS, WordError, written
 
 
 def shipped_blocks(layers: Literal["all"] | tuple[int, ...], available: int) -> tuple[int, ...]:
@@ -53,7 +53,9 @@ def shipped_weights(loaded: LoadedModel, blocks: Sequence[int], keep: bool = Tru
     return weights if keep else {}
 
 
-def ship(loaded: LoadedModel, recipe: DumpRecipe, weights: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
+def ship(
+    loaded: LoadedModel, recipe: DumpRecipe, weights: Mapping[str, Tensor], errors: Mapping[str, float], words: Mapping[str, WordError]
+) -> None:
     """Publish ``model/<pass>/``, whole or not at all, in place of what a killed run may have left there.
 
     It is a folder that Hugging Face reads: config.json, the tokenizer's files and, with ``ship_layers``, safetensors.
@@ -64,7 +66,7 @@ def ship(loaded: LoadedModel, recipe: DumpRecipe, weights: Mapping[str, Tensor],
         for leftover in (temporary, folder):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        write_folder(temporary, loaded, recipe, errors)
+        write_folder(temporary, loaded, recipe, errors, words)
         if weights:
             model = loaded.model
             if not isinstance(loaded.weights, Whole):  # a sharded model would gather them once more
@@ -83,7 +85,9 @@ def ship(loaded: LoadedModel, recipe: DumpRecipe, weights: Mapping[str, Tensor],
         sync_folder(folder.parent)
 
 
-def write_folder(folder: Path, loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float]) -> None:
+def write_folder(
+    folder: Path, loaded: LoadedModel, recipe: DumpRecipe, errors: Mapping[str, float], words: Mapping[str, WordError]
+) -> None:
     """Everything that ships but weights."""
     folder.mkdir(parents=True)
     loaded.model.config.save_pretrained(folder)
@@ -97,3 +101,5 @@ def write_folder(folder: Path, loaded: LoadedModel, recipe: DumpRecipe, errors: 
     tree = recipe.model_dump(mode="json")
     (folder / RECIPE).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / ERRORS).write_text(json.dumps(dict(errors), indent=1), encoding="utf-8")
+    if words:
+        (folder / WORD_ERRORS).write_text(written(words), encoding="utf-8")

@@ -67,7 +67,7 @@ class Sketch(Sizes):
                 present = [
                     *self.loaded.model.parameters(),
                     *self.loaded.model.buffers(),
-                    *(value for value in vars(batch).values() if value is not None),
+                    *(value for value in vars(batch).values() if isinstance(value, torch.Tensor)),
                 ]
                 with Allocations(present) as made:
                     self.teacher.start(batch)

@@ -16,7 +16,8 @@ from store.strays import Freed
 from store.verify import Problem, Progress, Repaired
 from store.verify import repair as repair_store
 from store.verify import verify as verify_store
-from teacher_dump.records import describe_errors, read_errors
+from teacher_dump.records import describe_errors, describe_word_errors, read_errors, read_word_errors
+from teacher_dump.word_errors import measured_again
 
 
 def verify(path: Path, repair: bool, full: bool = True) -> tuple[bool, str]:
@@ -74,3 +75,16 @@ def _read(path: Path) -> Iterator[str]:
         written = sum(seal.size for commit in commits.values() for seal in commit.files.values())
         yield f"  pass {name}: {len(commits):,} of {store.manifest.rows.slots:,} shards, {size(written)}"
         yield from (f"    {line}" for line in describe_errors(read_errors(path, name)))
+        yield from (f"    {line}" for line in _words(store, name))
+
+
+def _words(store: Store, name: str) -> Iterator[str]:
+    """How near the kept words come to whole predictions: measured again where these follow from the store, else as the dump found it."""
+    recorded, features = read_word_errors(store.path, name), store.manifest.passes[name].features
+    again = measured_again(store, name) if store.complete(name) else {}
+    yield from describe_word_errors(recorded | again, features)
+    if left := [key for key in recorded if key not in again]:
+        yield (
+            f"  {', '.join(left)}: as measured when the pass began; measuring again takes head_input of the same tokens, with its "
+            "head, in a complete pass"
+        )
