@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from online.batch import Batch, Features, Value, dense, narrowed, take, words_at
 from online.encode import packed_in_form, padded_value
 from online.masks import pair_mask, token_positions
-from online.words import Words
+from online.words import Product, Words
 from store.features import FeatureKey
 from store.shape import ModelShape, Wiring
 
@@ -175,10 +175,7 @@ def _transformed(key: FeatureKey, sources: Sequence[Tensor], context: Context) -
 
 
 def _words(key: FeatureKey, sources: Sequence[Tensor], context: Context) -> Words:
-    def head(input_MW: Tensor) -> Tensor:
-        with torch.autocast(input_MW.device.type, enabled=False):
-            return _capped(context.linear(input_MW, "head"), context.wiring.logit_cap)
-
+    head = Product(context.statics["head.weight"], context.statics.get("head.bias"), context.wiring.logit_cap)
     return words_at(key, sources[0], context.batch, head, context.shape.vocab)
 
 

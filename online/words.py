@@ -27,6 +27,27 @@ LEAST = 16
 
 
 @dataclass(frozen=True)
+class Product:
+    """A head whose weights are at hand, float32, outside of autocast."""
+
+    weight: Tensor
+    """[V, W]."""
+    bias: Tensor | None
+    """[V]."""
+    cap: float | None = None
+    """Logits are cap * tanh(logit / cap)."""
+
+    def __call__(self, input_MW: Tensor) -> Tensor:
+        with torch.autocast(input_MW.device.type, enabled=False):
+            logits_MV = F.linear(input_MW, self.weight, self.bias)
+            return logits_MV if self.cap is None else torch.tanh(logits_MV / self.cap) * self.cap
+
+    def among(self, kept: Tensor) -> "Product":
+        """The head of the words ``kept`` [K] alone: their rows are taken before the product, which is smaller by as many."""
+        return Product(self.weight[kept], None if self.bias is None else self.bias[kept], self.cap)
+
+
+@dataclass(frozen=True)
 class Words:
     """The logits [U, V] of a key of word logits, float32. All of them exist once ``logits`` or ``dense`` was asked for, and then stay."""
 
@@ -60,6 +81,8 @@ class Words:
 
     def among(self, kept: Tensor) -> "Words":
         """Of the words ``kept`` [K] alone, in their order."""
+        if isinstance(self.head, Product):
+            return replace(self, head=self.head.among(kept), vocab=len(kept))
         return replace(self, head=lambda input_MW: self.of(input_MW)[:, kept], vocab=len(kept))
 
     def parts(self) -> list[int]:

@@ -1,5 +1,6 @@
 """The map of a smaller vocabulary: on disk, inside a model, and for labels."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from online.fingerprints import weights_fingerprint
 from online.kept_words import FILE, KeptWords, kept_words, map_words, read_kept_words, refuse_own_words, unmap_words, without_padding_beyond
 from online.models import HEADS
 from online.sharding import Whole
+from online.words import Product, Words, as_words
 from store.features import FeatureKey
 
 WORDS = KeptWords(torch.tensor([4, 0, 2]), torch.tensor([1, 2, 2, 0, 0, 1]))
@@ -116,3 +118,18 @@ def test_a_model_can_be_made_whose_padding_lies_beyond_its_words() -> None:
     model.config.pad_token_id = 5
     map_words(model, WORDS)
     assert model.get_input_embeddings().padding_idx == 1, "5 is read as 0, in place 1"
+
+
+def test_the_logits_of_some_words_are_a_product_with_their_rows_of_the_head_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, input_ = (torch.randn(*shape, generator=generator) for shape in ((9, 4), (9,), (5, 4)))
+    kept = torch.tensor([7, 0, 3])
+    logits_MV = (input_.double() @ weight.double().T + bias.double()).tolist()
+    expected = [[2.0 * math.tanh(row[word] / 2.0) for word in kept.tolist()] for row in logits_MV]
+    words = Words(input_, Product(weight, bias, 2.0), 9).among(kept)
+    assert isinstance(words.head, Product)
+    assert words.head.weight.shape == (3, 4)
+    assert words.vocab == 3
+    assert torch.allclose(words.logits, torch.tensor(expected), atol=1e-6)
+    assert torch.allclose(Words(input_, lambda x: x @ weight.T, 9).among(kept).logits, (input_ @ weight.T)[:, kept], atol=1e-6)
+    assert torch.equal(as_words(weight.T).among(kept).logits, weight.T[:, kept])
