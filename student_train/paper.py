@@ -26,6 +26,7 @@ from online.models import ModelSpec, check_length, load_config
 from online.sizes import Sizes
 from online.skeleton import of_config
 from online.teacher import LiveTeacher
+from online.words import Words, each
 from store.features import FeatureKey
 from store.intervention import Intervention
 from store.shape import ModelShape
@@ -175,8 +176,8 @@ class Paper:
         loaded.model.train()
         with Allocations([*present, *_tensors(batch), *loaded.model.buffers()]) as made:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                values = [value for value in run(loaded, batch, self.student.keys).values() if isinstance(value, Tensor)]
-            losses = [F.kl_div(value.float().log_softmax(-1), torch.zeros_like(value), reduction="sum") for value in values]
+                values = [value for value in run(loaded, batch, self.student.keys).values() if isinstance(value, Tensor | Words)]
+            losses = [(each(_divergence, value) if isinstance(value, Words) else _divergence(value.float())).sum() for value in values]
             if losses:
                 torch.stack(losses).sum().backward()
         for weight in weights:
@@ -221,13 +222,22 @@ def check_rows(paper: Paper, rows: Rows) -> None:
 
 
 def feature_bytes(key: FeatureKey, shape: ModelShape, rows: int, tokens: int, labelled: int) -> int:
-    """Bytes of a float32 feature of ``shape``'s model in a micro-batch; of the likeliest words their ids too."""
+    """Bytes of a float32 feature of ``shape``'s model in a micro-batch; of the likeliest words their ids too.
+
+    Word logits are those that a store derives from what the head takes in, a few at a time: that, and the head's weight.
+    """
     if key.site in ATTENTION:
         return 4 * rows * shape.heads * tokens**2
     units = {"all": rows * tokens, "masked": labelled, "labels": labelled}.get(key.positions, rows)
+    if key.site == "lm_logits" and not key.form:
+        return 4 * min(units * shape.vocab, (units + shape.vocab) * shape.width)
     words = re.fullmatch(r"top(\d+)", key.form)
     each = 12 * int(words[1]) + 4 if words else 4 * shape.unit_width(key)
     return units * each
+
+
+def _divergence(value: Tensor) -> Tensor:
+    return F.kl_div(value.log_softmax(-1), torch.zeros_like(value), reduction="none").sum(-1)
 
 
 def _made(spec: ModelSpec, config: PreTrainedConfig) -> tuple[Sizes, ForwardFlops]:
