@@ -66,8 +66,8 @@ class WordForm:
     def check(self, words: int) -> None:
         """Raise a ValueError unless a vocabulary of so many words has what is kept."""
         if self.top > words - (self.draws > 0):
-            others = f", and others to draw {self.draws} from" if self.draws else ""
-            raise ValueError(f"{self}: the vocabulary has {words} words; expected at most as many{others}")
+            others = " with others to draw from" if self.draws else ""
+            raise ValueError(f"{self}: the vocabulary has {words} words, fewer than {self} asks for{others}")
         if self.bands > words:
             raise ValueError(f"{self}: the vocabulary has {words} words; expected at most as many bands")
 

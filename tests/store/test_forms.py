@@ -63,7 +63,7 @@ def test_only_forms_that_leave_places_unused_are_ragged_and_no_more_words_are_ke
     WordForm(top=8, draws=3).check(9)
     WordForm(draws=30).check(9)
     for form in (WordForm(top=10), WordForm(top=9, draws=3)):
-        with pytest.raises(ValueError, match="the vocabulary has 9 words; expected at most as many"):
+        with pytest.raises(ValueError, match=f"the vocabulary has 9 words, fewer than {form} asks for"):
             form.check(9)
 
 

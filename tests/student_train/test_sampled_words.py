@@ -109,7 +109,7 @@ DENSE = "leave draws out: dense lm_logits follow from head_input with its head"
         ({"draws": 9, "tail": "none"}, "set top without draws"),
         ({"draws": 9, "nucleus": 0.9}, "nucleus: goes with top alone"),
         ({"draws": 9, "top": 2, "tau": 0.8}, "the others are drawn as they are; leave tau out"),
-        ({"draws": 2, "top": 11}, "the vocabulary has 11 words; expected at most as many, and others to draw 2 from"),
+        ({"draws": 2, "top": 11}, "the vocabulary has 11 words, fewer than top11draw2 asks for with others to draw from"),
         ({"top": 4, "samples": 2}, "tau, samples: go with draws"),
         ({"top": 4, "least": 2}, "least: says how many words a nucleus has at least; set nucleus"),
         ({"top": 4, "nucleus": 0.9, "least": 5}, "at least 5 of at most 4 words"),
