@@ -14,7 +14,18 @@ from online.interchange import counterfactual, written
 from store.features import FeatureKey
 from store.intervention import Intervention
 from store.shape import ModelShape
-from student_train.methods.base import Method, Stages, TeacherShapes, Temperature, Terms, Weight, check_block, check_equal, check_site
+from student_train.methods.base import (
+    Method,
+    Stages,
+    TeacherShapes,
+    Temperature,
+    Terms,
+    Weight,
+    check_block,
+    check_equal,
+    check_site,
+    check_vocabularies,
+)
 from student_train.methods.divergences import word_kl
 from student_train.methods.lm_loss import word_loss
 from student_train.methods.losses import cosine, unit_count, vectors, word_logits
@@ -82,6 +93,7 @@ class DIITO(Method):
         if alpha_ce or alpha_mlm or alpha_causal_ce:
             check_site("lm_logits", student, teacher)
             check_equal("heads", student.head, teacher.head)
+            check_vocabularies(student, teacher)
         if alpha_cos or alpha_causal_cos:
             hint = "the cosine has no projection; alpha_cos: 0 and alpha_causal_cos: 0 leave it out"
             check_equal("widths", student.width, teacher.width, hint)

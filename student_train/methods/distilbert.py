@@ -5,7 +5,17 @@ from typing import ClassVar, Literal
 from online.batch import Batch, Features
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Stages, Temperature, Terms, Weight, check_equal, check_site, check_weights
+from student_train.methods.base import (
+    Method,
+    Stages,
+    Temperature,
+    Terms,
+    Weight,
+    check_equal,
+    check_site,
+    check_vocabularies,
+    check_weights,
+)
 from student_train.methods.divergences import word_kl
 from student_train.methods.lm_loss import word_loss
 from student_train.methods.losses import cosine, unit_count, vectors, word_logits
@@ -47,6 +57,7 @@ class DistilBERT(Method):
         if soft:
             check_site("lm_logits", student, teacher)
             check_equal("heads", student.head, teacher.head)
+            check_vocabularies(student, teacher)
         if mlm:
             check_site("lm_logits", student, None)
         if cosine:

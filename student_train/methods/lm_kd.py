@@ -19,7 +19,7 @@ from online.words import each
 from store.codecs.topk import UNUSED
 from store.features import FeatureKey
 from store.shape import ModelShape
-from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site
+from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal, check_site, check_vocabularies
 from student_train.methods.divergences import (
     adaptive_kl,
     first_words,
@@ -151,6 +151,7 @@ class LMKD(Method):
     ) -> None:
         check_site("lm_logits", student, teacher)
         check_equal("heads", student.head, teacher.head)
+        check_vocabularies(student, teacher)
         if top is not None and top > teacher.vocab:
             raise ValueError(f"top: the vocabulary has {teacher.vocab} words, found {top}")
         form = chosen_form(teacher.vocab, top, nucleus, least, bands, draws, tau, samples)

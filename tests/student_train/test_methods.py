@@ -149,7 +149,7 @@ CUSTOM = shape(family="custom", attends=False)
         ("lm_kd", {"top": 5, "temperature": 2}, WORDS, WORDS, "temperature 1 only, found 2.*tail: none"),
         ("lm_kd", {"tail": "none"}, WORDS, WORDS, "tail: .*set top"),
         ("lm_kd", {"positions": "first"}, WORDS, WORDS, "positions: .*found 'first'"),
-        ("lm_kd", {}, WORDS, shape("masked_lm", vocab=99), "equal vocabularies"),
+        ("lm_kd", {}, WORDS, shape("masked_lm", vocab=94), "equal vocabularies"),
         ("lm_kd", {}, WORDS, shape("causal_lm"), "equal heads of student and teacher, found masked_lm and causal_lm"),
         ("lm_loss", {}, STUDENT, None, "lm_logits needs a student with a head of masked_lm, causal_lm"),
         ("hid_seq", {"layers": [[1, 13]]}, STUDENT, TEACHER, "method hid_seq: layers: the teacher has blocks 0 to 12, found 13"),
