@@ -84,7 +84,7 @@ def _array(rows: RowsInfo, array: ArraySpec, positions: str, attributes: Json, d
         return [tokens, array.width][:dimensions]
 
     itemsize = numpy_dtype(array).itemsize
-    rounded = {} if array.keep_bits is None else {"keep_bits": array.keep_bits}
+    rounded = {name: bits for name in ("keep_bits", "bits") if (bits := getattr(array, name)) is not None}
     blosc = {"name": "blosc", "configuration": {**CONFIGURATION, "typesize": itemsize}}
     sharding = {
         "chunk_shape": shape(rows.chunk(array, positions)),
