@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from online.batch import Batch, Features
 from store.shape import ModelShape
-from student_train.methods.base import Method, Stages, Temperature, Terms, check_equal
+from student_train.methods.base import Method, Stages, Temperature, Terms, check_vocabularies
 from student_train.methods.cloze_loss import CLOZE, check_masked_lm, cloze_logits
 from student_train.methods.losses import kl, mse, unit_count
 
@@ -40,7 +40,7 @@ class ClozeKD(Method):
         divergence: Literal["kl", "mse"] = "kl",
     ) -> None:
         check_masked_lm(student, teacher)
-        check_equal("vocabularies", student.vocab, teacher.vocab)
+        check_vocabularies(student, teacher)
         if divergence == "mse" and temperature != 1:
             raise ValueError(f"temperature: the mse of logits has none, found {temperature}; leave it out")
         super().__init__({CLOZE}, {CLOZE})
