@@ -67,5 +67,7 @@ def blank_batch(rows: int, tokens: int, labelled: int, paired: bool = False) -> 
         draws=number if paired else None,
     )
     # How many there are would have to be read from tensors without data.
-    vars(batch).update(real=torch.zeros(rows * tokens, dtype=torch.int64), scored=torch.zeros(labelled, dtype=torch.int64))
+    vars(batch).update(
+        padded_behind=True, real=torch.zeros(rows * tokens, dtype=torch.int64), scored=torch.zeros(labelled, dtype=torch.int64)
+    )
     return batch

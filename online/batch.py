@@ -95,6 +95,11 @@ class Batch:
         """[N] int64: where the labelled tokens stand among all B * T."""
         return self.labelled.flatten().nonzero().squeeze(1)
 
+    @cached_property
+    def padded_behind(self) -> bool:
+        """Whether all padding stands behind the tokens: no row begins with it."""
+        return bool(self.mask[:, 0].all())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``; what has to be counted is counted before, since a GPU that is asked how many is waited for."""
         if device == self.mask.device:
@@ -102,6 +107,7 @@ class Batch:
         tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         present: dict[str, Any] = {name: None if tensor is None else _moved(tensor, device) for name, tensor in tensors.items()}
         moved = Batch(**present)
+        vars(moved).update(padded_behind=self.padded_behind)
         vars(moved).update({name: _moved(getattr(self, name), device) for name in ("real", "padding", "scored")})
         return moved
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from online.batch import Batch
-from store.shape import ModelShape
+from store.shape import ModelShape, Wiring
 
 
 def pair_mask(batch: Batch, shape: ModelShape, layer: int) -> Tensor:
@@ -36,6 +37,24 @@ def token_positions(batch: Batch) -> Tensor:
     if batch.position_ids is not None:
         return batch.position_ids
     return (batch.mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def causality_suffices(batch: Batch, shape: ModelShape, wiring: Wiring) -> bool:
+    """Whether a token sees what it may where each sees those before it: rows of one document, padded on the right, in a causal model.
+
+    Padding then sees tokens, and none sees padding. Not where rotary frequencies follow from the highest position, padding's included.
+    """
+    return shape.causal and batch.documents is None and not wiring.rotary_by_length and batch.padded_behind
+
+
+def running_positions(batch: Batch, config: PreTrainedConfig) -> Tensor:
+    """[B, T] int64 from 0 to T - 1 in each row, as far as the model has positions; on tokens the same as :func:`token_positions`.
+
+    Positions that stop would look like another packed document to transformers.
+    """
+    most = getattr(config, "max_position_embeddings", None) or batch.mask.shape[1]
+    place_T = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+    return place_T.clamp(max=most - 1).expand(batch.mask.shape)
 
 
 def document_masks(

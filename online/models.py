@@ -33,8 +33,10 @@ from online.batch import Batch
 from online.families import FAMILIES, Family, attention_implementation, read_wiring, submodule, typed_windows
 from online.fingerprints import weights_fingerprint
 from online.kept_words import take_words, without_padding_beyond
-from online.masks import document_masks, token_positions
+from online.masks import causality_suffices, document_masks, running_positions, token_positions
+from online.missing_weights import refuse_random_weights
 from online.narrow_head import NarrowHead
+from online.quantised import Quantised, is_quantised, quantisation
 from online.quiet import quiet
 from online.ranks import talking
 from online.sharding import Sharding, ShardingError, Weights, Whole, loader
@@ -83,6 +85,9 @@ class ModelSpec(Strict):
     """Outputs of the task head; the folder's by default."""
     new_head: bool = False
     """Start with a random head where the folder holds none that fits (for fine-tuning); otherwise that is an error."""
+    quantisation: dict[str, Any] = Field(default_factory=dict)
+    """transformers' own quantisation, as in a config.json: {quant_method: fp8}, {quant_method: bitsandbytes, load_in_8bit: true}. Of
+    teachers alone, on one rank. Folders that are quantised already say so themselves."""
     modules: CustomModules | None = None
     """Module paths of an architecture that TeacherCache does not know."""
 
@@ -168,6 +173,7 @@ def load_model(
         if not spec.new_head:
             raise ValueError(f"{spec.model} has {shape.labels} labels, expected {spec.labels}; new_head: true starts a new head")
         config.num_labels = spec.labels
+    further = quantisation(spec.quantisation, config, sharding, device)
     with quiet():
         try:
             arguments = {
@@ -179,6 +185,7 @@ def load_model(
                 "ignore_mismatched_sizes": spec.new_head,
                 "local_files_only": True,
                 "use_safetensors": True,
+                **further,
             }
             load = loader("none" if sharding is None else sharding.kind)
             with talking(), without_padding_beyond(config):
@@ -187,14 +194,14 @@ def load_model(
             raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ValueError(f"{spec.model} cannot be loaded with the head {spec.head}: {_first_line(error)}") from error
-    _refuse_random_weights(spec, model, report)
+    refuse_random_weights(spec, model, report)
     take_words(model, spec.model, config.pad_token_id)
     has_tokenizer = any((spec.model / name).exists() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(spec) if spec.tokenizer is not None or has_tokenizer else None
     if model.config.pad_token_id is None and spec.head == "classification":
         # transformers refuses batches without one; which token answers for a row is read from the mask all the same
         model.config.pad_token_id = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules, weights)
+    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules, Quantised(model) if is_quantised(model) else weights)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -315,6 +322,8 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     if not custom:
         positions_BT, pad = token_positions(batch), model.config.pad_token_id
         inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
+        if causality_suffices(batch, loaded.shape, loaded.wiring):  # a mask would take the square of the row's length
+            inputs |= {"attention_mask": None, "position_ids": running_positions(batch, model.config)}
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
             raise ValueError(f"packed documents need a head that answers for tokens of a known family, found {loaded.shape.head}")
@@ -329,21 +338,6 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
         output = model(**inputs)
     assert isinstance(output, ModelOutput)
     return output
-
-
-def _refuse_random_weights(spec: ModelSpec, model: PreTrainedModel, report: dict[str, set[str]]) -> None:
-    """Weights that the folder lacks were drawn at random: allowed in a new head alone."""
-    mismatched = {entry[0] for entry in report["mismatched_keys"]}
-    missing = set(report["missing_keys"]) | mismatched
-    if spec.head == "base" and missing and all(name.startswith("pooler.") for name in missing):
-        model.pooler = None  # no feature reads it, and a random one must not be exported
-        return
-    prefix = f"{model.base_model_prefix}."
-    body = {name for name in missing if spec.head == "base" or (name.startswith(prefix) and not name.startswith(f"{prefix}pooler."))}
-    if body:
-        raise ValueError(f"{spec.model} lacks weights of the model itself, such as {min(body)} ({len(body)} in all)")
-    if missing and not spec.new_head:
-        raise ValueError(f"{spec.model} has no {spec.head} head that fits: it lacks {min(missing)}; new_head: true starts a new head")
 
 
 def _first_line(error: Exception) -> str:
