@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hours", type=float, default=1e9)
     parser.add_argument("--limit", type=int, help="paragraphs to learn from; all by default")
+    parser.add_argument("--held-out", type=int, help="paragraphs to measure on; all by default")
     parser.add_argument("--teacher-epochs", type=float, default=4.0)
     parser.add_argument("--steps", type=int, help="steps of each student and of the teacher, instead of epochs")
     parser.add_argument("--rows", type=int, default=64, help="rows of a step")
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of phases")
     options = parser.parse_args()
     until = time.monotonic() + options.hours * 3600
-    settings = {name: getattr(options, name) for name in ("limit", "teacher_epochs", "steps", "rows", "sizes")}
+    settings = {name: getattr(options, name) for name in ("limit", "held_out", "teacher_epochs", "steps", "rows", "sizes")}
     figures = json.loads(options.save.read_text()) if options.save.exists() else {"settings": settings, "runs": {}}
     if figures["settings"] != settings:
         sys.exit(f"{options.save} was made with {figures['settings']}, this run has {settings}; give another file")
@@ -89,7 +90,8 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
         config = json.loads((RECIPES / "config.json").read_text())
         config |= {name: int(value) for name, _, value in (size.partition("=") for size in options.sizes)}
         (base / "config.json").write_text(json.dumps(config))
-    few = [f"rows.sources.0.limit={options.limit}"] if options.limit else []
+    limits = enumerate((options.limit, options.held_out))
+    few = [f"rows.sources.{number}.limit={limit}" for number, limit in limits if limit]
     device = ["device=cpu"] if options.cpu else []
     program(work, "teacher_dump", "rows", str(RECIPES / "rows.yaml"), *few)
     tree = load("teacher.yaml")

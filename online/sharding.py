@@ -113,4 +113,4 @@ def loader(kind: Kind) -> Callable[[type, Mapping[str, Any], Sharding, torch.dev
 
 def _load_whole(model_class: type, arguments: Mapping[str, Any], sharding: Sharding, device: torch.device) -> Loaded:
     model, report = model_class.from_pretrained(**arguments, output_loading_info=True)  # type: ignore[attr-defined]
-    return model.to(device), report, Whole(model)
+    return model if "device_map" in arguments else model.to(device), report, Whole(model)

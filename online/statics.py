@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from online.families import submodule
 from online.models import LoadedModel
+from online.quantised import Quantised, float_weight
 
 _NAME = re.compile(
     r"(?P<layer>[1-9]\d*)\.(?:(?P<projection>query|key|value)\.(?P<part>weight|bias)"
@@ -95,6 +96,10 @@ def _rotary(loaded: LoadedModel, layer: int) -> Tensor | None:
 
 
 def _parameter(loaded: LoadedModel, module: nn.Module | None, name: str) -> Tensor | None:
+    if module is not None and name == "weight" and isinstance(loaded.weights, Quantised):
+        made = float_weight(module, loaded.model.get_input_embeddings().weight.dtype)
+        if made is not None:
+            return made
     tensor = getattr(module, name, None)
     assert tensor is None or isinstance(tensor, Tensor)
     return None if tensor is None else loaded.weights.whole(tensor)

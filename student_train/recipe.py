@@ -174,6 +174,8 @@ class StudentSpec(Strict):
             raise ValueError("rest says what becomes of embeddings and head beside random blocks: give random")
         if self.width_by != "first" and self.width is None:
             raise ValueError("width_by says what of a width stays: give width")
+        if self.model is not None and self.model.quantisation:
+            raise ValueError("quantised weights do not train: leave quantisation out of the student's model")
         if self.model is not None and (self.head, self.labels) != (None, None):
             raise ValueError("head and labels of a folder are given inside model")
         return self

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from online.models import HEADS, LoadedModel
+from online.quantised import is_quantised
 from online.quiet import quiet
 from online.sharding import Whole
 from store import layout
@@ -39,6 +40,10 @@ def shipped_weights(loaded: LoadedModel, blocks: Sequence[int], keep: bool = Tru
     """
     if not blocks:
         return {}
+    if is_quantised(loaded.model):
+        raise ValueError(
+            "ship_layers: the teacher's weights are quantised; leave it out, and start students from a folder (student.source)"
+        )
     before, after = loaded.family.block.split("{i}")
     number = re.compile(rf"(?:^|(?<=\.)){re.escape(before)}(\d+){re.escape(after)}\.")
     weights: dict[str, Tensor] = {}
@@ -90,7 +95,10 @@ def write_folder(
 ) -> None:
     """Everything that ships but weights."""
     folder.mkdir(parents=True)
-    loaded.model.config.save_pretrained(folder)
+    config = loaded.model.config
+    if hasattr(config, "quantization_config"):  # students made of it have floats
+        config = type(config).from_dict({name: value for name, value in config.to_dict().items() if name != "quantization_config"})
+    config.save_pretrained(folder)
     assert loaded.tokenizer is not None
     try:
         loaded.tokenizer.save_pretrained(folder)
