@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from student_train.chain import Chain
 from student_train.recipe import TrainRecipe
 from teacher_dump.augment import AugmentRecipe
+from teacher_dump.generate import GenerateRecipe
 from teacher_dump.recipe import DumpRecipe
 
 HERE = Path(__file__).parent
@@ -21,14 +22,16 @@ HEAD = """# Recipes, field by field
 
 Both programs read a recipe as YAML. An unknown key is an error that names the nearest known one; any field can be set on the command
 line as `key.path=value`, list items by number: `teacher-dump run dump.yaml rows.sources.0.limit=100`. Editors that know JSON schemas
-can check a recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train`, `chain`, `augment`) on its first
-line. Paths are relative to the folder a program is started in. This page is made from the code by `python docs/reference.py`.
+can check a recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train`, `chain`, `augment`,
+`generate`) on its first line. Paths are relative to the folder a program is started in. This page is made from the code by
+`python docs/reference.py`.
 """
 TITLES = {
     DumpRecipe: "A dump: `teacher-dump run|plan|rows RECIPE`",
     TrainRecipe: "A training run: `student-train run|needs RECIPE`",
     Chain: "Both in turn: `student-train chain RECIPE`",
     AugmentRecipe: "Augmented texts: `teacher-dump augment RECIPE`",
+    GenerateRecipe: "Texts that a teacher writes: `teacher-dump generate RECIPE`",
 }
 
 
@@ -48,7 +51,13 @@ def schemas() -> dict[str, str]:
     """File name -> JSON schema."""
     return {
         f"{name}.schema.json": json.dumps(model.model_json_schema(), indent=1) + "\n"
-        for name, model in (("dump", DumpRecipe), ("train", TrainRecipe), ("chain", Chain), ("augment", AugmentRecipe))
+        for name, model in {
+            "dump": DumpRecipe,
+            "train": TrainRecipe,
+            "chain": Chain,
+            "augment": AugmentRecipe,
+            "generate": GenerateRecipe,
+        }.items()
     }
 
 

@@ -100,7 +100,7 @@ def documents(records: Iterable[Record], spec: "RowsSpec", tokenizer: PreTrained
     Raises:
         ValueError: an empty text; names file and record.
     """
-    wrapping = _wrapping(tokenizer)
+    wrapping = wrapping_of(tokenizer)
     if spec.max_length <= wrapping.length:
         raise ValueError(f"max_length {spec.max_length} leaves no room for text: expected at least {wrapping.length + 1}")
     packers: dict[tuple[str, int | None], Packer] = {}
@@ -148,7 +148,7 @@ def _contents(
             yield record, np.array(ids, np.int32), found
 
 
-def _wrapping(tokenizer: PreTrainedTokenizerBase) -> Wrapping:
+def wrapping_of(tokenizer: PreTrainedTokenizerBase) -> Wrapping:
     """What the tokenizer puts around one text, seen on the first word that it knows."""
     for word in ("a", *sorted(tokenizer.get_vocab())):
         probe = tokenizer(word, return_special_tokens_mask=True)

@@ -38,6 +38,8 @@ class Writing:
 
     max_new_tokens: int
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Words are drawn from the likeliest ones alone that together reach this probability; 1 for all."""
     words: int | None = None
     """Only the first so many words of the vocabulary are written: those that another model has too; None for all."""
     mixed: float = 0.0
@@ -212,6 +214,8 @@ class _Words(LogitsProcessor):
         if self._reader is not None:
             share = self._writing.mixed
             probs_BV = share * self._reader(input_ids)[:, :words].double().softmax(-1) + (1 - share) * probs_BV
+        if self._writing.top_p < 1:
+            probs_BV = _nucleus(probs_BV, self._writing.top_p)
         if self._chances_BL is None:
             chosen_B = probs_BV.argmax(-1)
         else:
@@ -220,6 +224,13 @@ class _Words(LogitsProcessor):
             chosen_B = torch.searchsorted(sums_BV, drawn_B1, right=True).squeeze(1).clamp(max=words - 1)
         only = torch.full_like(scores, float("-inf"))
         return only.scatter(1, chosen_B[:, None], 0.0)
+
+
+def _nucleus(probs_BV: Tensor, mass: float) -> Tensor:
+    """[B, V] the probabilities of the fewest likeliest words that together reach ``mass``, and 0 for all others."""
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    return torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(before_BV >= mass * sorted_BV.sum(-1, keepdim=True), 0))
 
 
 class _Reader:

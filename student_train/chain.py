@@ -16,6 +16,7 @@ from student_train.recipe import TrainRecipe
 COMMANDS = {
     "rows": ("teacher-dump", "rows"),
     "augment": ("teacher-dump", "augment"),
+    "generate": ("teacher-dump", "generate"),
     "dump": ("teacher-dump", "run"),
     "add": ("teacher-dump", "add"),
     "train": ("student-train", "run"),
@@ -31,12 +32,14 @@ def _set_like(value: str) -> str:
 
 
 class Step(Strict):
-    """One command; exactly one of ``rows``, ``augment``, ``dump``, ``add``, ``train`` names its recipe."""
+    """One command; exactly one of ``rows``, ``augment``, ``generate``, ``dump``, ``add``, ``train`` names its recipe."""
 
     rows: Path | None = None
     """``teacher-dump rows`` with this recipe."""
     augment: Path | None = None
     """``teacher-dump augment`` with this recipe."""
+    generate: Path | None = None
+    """``teacher-dump generate`` with this recipe."""
     dump: Path | None = None
     """``teacher-dump run`` with this recipe."""
     add: Path | None = None

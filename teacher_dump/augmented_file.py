@@ -28,10 +28,14 @@ from store.publish import make_folder, sync_folder
 ADDED = {"original": pa.int64(), "copy": pa.int32()}
 """Columns beside those of the records: the number of the record in the corpus, from 0; 0 for the record itself, its copies from 1."""
 
-_KEY = b"teachercache.augment"
 _BLOCK = 1024
 _GROUP_ROWS, _GROUP_LETTERS = 1 << 15, 1 << 23
 """A row group is written when it has so many rows, or so many letters in its text columns."""
+
+
+def key(command: str) -> bytes:
+    """Where a file says what ``command`` has made it of."""
+    return f"teachercache.{command}".encode()
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def survey(sources: Sequence[SourceSpec], columns: Sequence[str], output: Path) 
     return Survey(number, digest.hexdigest(), pa.schema(list(types.items())))
 
 
-def made_before(path: Path, made: Mapping[str, Any]) -> int | None:
-    """Records of the file at ``path`` if it is made of the same; None where there is none.
+def made_before(path: Path, made: Mapping[str, Any], command: str = "augment") -> int | None:
+    """Records of the file at ``path`` if ``command`` made it of the same; None where there is none.
 
     Raises:
         FingerprintMismatch: it is made of something else; the message names the field.
@@ -85,15 +89,15 @@ def made_before(path: Path, made: Mapping[str, Any]) -> int | None:
         found = pq.read_metadata(path)
     except (pa.ArrowException, OSError):
         found = None
-    text = None if found is None else (found.metadata or {}).get(_KEY)
+    text = None if found is None else (found.metadata or {}).get(key(command))
     if text is None:
-        raise ValueError(f"{path} is no file that `teacher-dump augment` made; give another output, or remove it")
+        raise ValueError(f"{path} is no file that `teacher-dump {command}` made; give another output, or remove it")
     known = json.loads(text)
     for field, expected in made.items():
         if known.get(field) != expected:
             raise FingerprintMismatch(
                 f"{path} was made with another {field}: expected {known.get(field)} as it says, found {expected}; give another file, as in "
-                f"`teacher-dump augment RECIPE output={path.with_stem(path.stem + '-2')}`, or remove it"
+                f"`teacher-dump {command} RECIPE output={path.with_stem(path.stem + '-2')}`, or remove it"
             )
     return int(found.num_rows)
 
@@ -110,9 +114,9 @@ def write(path: Path, records: Iterable[Copy], schema: pa.Schema, made: Mapping[
         StoreBusy: another process writes it.
         OSError: the disk is full, or there are no rights.
     """
-    schema = pa.schema([*schema, *ADDED.items()], metadata={_KEY: json.dumps(made, sort_keys=True).encode()})
+    schema = pa.schema([*schema, *ADDED.items()], metadata={key("augment"): json.dumps(made, sort_keys=True).encode()})
     written = 0
-    with _whole(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with whole(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in _groups(records, columns):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             written += len(rows)
@@ -145,7 +149,7 @@ def _common_type(name: str, before: pa.DataType, values: list[object], number: i
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path) -> Iterator[BinaryIO]:
     """A new file that is given the name ``path`` in the end, and is gone where that is not reached."""
     make_folder(path.absolute().parent)
     temporary = layout.temporary(path)

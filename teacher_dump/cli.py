@@ -123,6 +123,22 @@ def augment(recipe: Path, overrides: tuple[str, ...]) -> None:
 
 
 @program.command()
+@_RECIPE
+@_OVERRIDES
+def generate(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Make the corpus file that RECIPE describes: prompts, and responses that a causal teacher writes to them.
+
+    Students of any tokenizer learn from such text, as from any other (sequence-level distillation). It is a Parquet file with the columns
+    prompt, response, ended, original and sample; a recipe of `run` or `rows` names it in rows.sources. One process makes it. One that was
+    stopped goes on; a file that is there is left as it is, or refused if it was made of something else (docs/causal.md).
+    """
+    from teacher_dump.generate import generate as make
+    from teacher_dump.generate import load
+
+    click.echo(make(load(recipe, overrides)))
+
+
+@program.command()
 @_STORE
 def status(store: Path) -> None:
     """Show what STORE holds: its rows, its passes, how far each is, and what they weigh on disk."""
