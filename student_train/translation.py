@@ -34,7 +34,7 @@ def _labelled(batch: Batch, words: KeptWords, student: LoadedModel) -> Batch:
         return batch  # token labels of other heads are classes
     verbalisers = None if batch.verbalisers is None else words.labels(batch.verbalisers)
     seen = replace(batch, token_labels=words.labels(batch.token_labels), verbalisers=verbalisers)
-    vars(seen).update({name: vars(batch)[name] for name in ("real", "padding", "scored") if name in vars(batch)})
+    vars(seen).update({name: vars(batch)[name] for name in ("real", "padding", "scored", "padded_behind") if name in vars(batch)})
     return seen
 
 
