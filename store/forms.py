@@ -43,6 +43,8 @@ class WordForm:
             raise ValueError(f"{self}: at least {self.least} of at most {self.top} words are to be kept; expected no more than {self.top}")
         if self.draws > MOST_DRAWS:
             raise ValueError(f"{self}: expected at most {MOST_DRAWS} draws, found {self.draws}")
+        if abs(self.tau * 100 - round(self.tau * 100)) > 1e-9:
+            raise ValueError(f"tau: expected hundredths, such as 0.8 or 1.25, found {self.tau}")
         if self.top and self.tau != 1:
             raise ValueError(f"{self}: beside likeliest words the others are drawn as they are; leave tau out")
 

@@ -68,4 +68,5 @@ def chosen(scores_nV: NDArray[np.float64], points_nP: NDArray[np.float64]) -> ND
     highest_n1 = np.maximum(scores_nV.max(1, keepdims=True), np.finfo(np.float64).min)
     running_nV = np.cumsum((np.exp(scores_nV - highest_n1) * MASS).astype(np.int64), axis=1)
     at_nP = np.minimum((points_nP * running_nV[:, -1:]).astype(np.int64), running_nV[:, -1:] - 1)
-    return np.array([np.searchsorted(running_V, at_P, side="right") for running_V, at_P in zip(running_nV, at_nP, strict=True)])
+    found = [np.searchsorted(running_V, at_P, side="right") for running_V, at_P in zip(running_nV, at_nP, strict=True)]
+    return np.array(found, np.int64).reshape(points_nP.shape)

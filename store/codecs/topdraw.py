@@ -46,7 +46,7 @@ def reduce(
     log_probs_nV = logits_nV - log_sum_exp(logits_nV.astype(np.float64))
     others_nV = log_probs_nV.copy()
     np.put_along_axis(others_nV, head_nH, -np.inf, 1)
-    points_nP = points(uniforms(seeds, form.samples), form.draws).reshape(len(logits_nV), -1)
+    points_nP = points(uniforms(seeds, form.samples), form.draws).reshape(len(logits_nV), form.drawn)
     with np.errstate(divide="ignore"):
         log_tail_n1 = np.maximum(log_sum_exp(others_nV), UNUSED)
     ids = np.concatenate([head_nH, chosen(others_nV, points_nP)], axis=1)

@@ -156,3 +156,11 @@ def test_words_that_the_teacher_rules_out_are_never_drawn() -> None:
         found = in_form(form_of(form), value, seeds(rows, "all"))
         used = found.ids[found.counts > 0] if isinstance(found, Drawn) else found.ids
         assert bool((used % 2 == 1).all())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tokens_have_no_words(form: str) -> None:
+    named = form_of(form)
+    found = in_form(named, torch.empty(0, 40), torch.empty(0, dtype=torch.int64))
+    assert all(len(column) == 0 for column in found)
+    assert found.ids.shape[1] == named.top + named.drawn

@@ -107,6 +107,7 @@ DENSE = "leave draws out: dense lm_logits follow from head_input with its head"
         ({"draws": 9, "temperature": 15.0}, f"temperature: 15.0 does not follow from words drawn at random .* {DENSE}"),
         ({"draws": 9, "temperature": {"kind": "linear", "start": 2, "end": 1}}, "temperature: .* does not follow"),
         ({"draws": 9, "tail": "none"}, "set top without draws"),
+        ({"draws": 9, "tau": 0.805}, "tau: expected hundredths, such as 0.8 or 1.25, found 0.805"),
         ({"draws": 9, "nucleus": 0.9}, "nucleus: goes with top alone"),
         ({"draws": 9, "top": 2, "tau": 0.8}, "the others are drawn as they are; leave tau out"),
         ({"draws": 2, "top": 11}, "the vocabulary has 11 words, fewer than top11draw2 asks for with others to draw from"),
