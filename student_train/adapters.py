@@ -98,7 +98,7 @@ def _config(spec: LoraSpec, targets: list[str], flipped: bool) -> "LoraConfig":
 
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=2 * spec.rank if spec.alpha is None else spec.alpha,  # type: ignore[arg-type]  # takes fractions as well
+        lora_alpha=2 * spec.rank if spec.alpha is None else spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets,
         fan_in_fan_out=flipped,

@@ -4,6 +4,8 @@ A student that learns from its teacher's texts needs neither its probabilities n
 Distillation", EMNLP 2016, arXiv 1606.07947, where the texts come from beam search; here they are the likeliest words one by one, or drawn.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -123,7 +125,8 @@ def generate(recipe: GenerateRecipe) -> str:
     made = _made_of(recipe, found.fingerprint, loaded)
     if (there := made_before(recipe.output, made, "generate")) is not None:
         return f"{recipe.output}: {there:,} responses, nothing was left to do"
-    parts, kept, left_out = recipe.output.with_name(f"{recipe.output.name}.parts"), 0, 0
+    kept, name = 0, hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    parts = recipe.output.with_name(f"{recipe.output.name}.{name}.parts")  # those of another recipe are no hindrance
     with whole(recipe.output) as file, tqdm(desc="generate", total=found.records, unit=" records", unit_scale=True) as progress:
         files: list[Path] = []
         for prompts in _blocks(recipe, loaded, progress):
@@ -135,7 +138,9 @@ def generate(recipe: GenerateRecipe) -> str:
         if not files:
             raise ValueError(f"no prompt of up to {recipe.max_prompt} tokens among the {found.records:,} records; raise max_prompt")
         join(files, file, made)
-    shutil.rmtree(parts)
+    for folder in list(parts.absolute().parent.iterdir()):
+        if folder.name.startswith(f"{recipe.output.name}.") and folder.suffix == ".parts":
+            shutil.rmtree(folder)
     left_out = found.records - kept // recipe.samples
     return (
         f"{recipe.output}: {kept:,} responses to {kept // recipe.samples:,} prompts"

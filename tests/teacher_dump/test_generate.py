@@ -104,6 +104,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(world: Path, tmp_path: 
     assert not again.output.exists()
     assert written == ["000000.parquet"]
     written.append("stands for the other")
+    assert len(list(again.output.parent.iterdir())) == 1, "the parts, and nothing else"
     generate(again)
     assert written[2:] == ["000001.parquet", "000002.parquet"], "the first part was made once"
     assert again.output.read_bytes() == made.output.read_bytes()
