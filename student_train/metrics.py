@@ -8,6 +8,7 @@ Shapes: R rows (labelled tokens for token classification), C outputs of the task
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from store.features import FeatureKey
 from store.manifest import RowsInfo
 from store.shape import ModelShape
 from store.strict import did_you_mean
+from student_train.methods.base import check_vocabularies
 from student_train.methods.cloze_loss import CLOZE, cloze_logits
+from student_train.methods.divergences import shared
 from student_train.methods.task_loss import task_key
 
 Array = NDArray[np.float64]
@@ -98,11 +101,11 @@ def _labels(student: Features, teacher: Features, batch: Batch, shape: ModelShap
 
 def _nll(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
     assert batch.token_labels is not None
-    return functional.cross_entropy(dense(student, LM_LOGITS).float(), batch.token_labels[batch.labelled], reduction="none")
+    return each(partial(functional.cross_entropy, reduction="none"), _lm(student), batch.token_labels[batch.labelled])
 
 
 def _word_kl(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
-    return _kl(dense(teacher, LM_LOGITS), dense(student, LM_LOGITS))
+    return each(lambda one_MV, other_MV: _kl(*reversed(shared(one_MV, other_MV))), _lm(student), _lm(teacher))
 
 
 def _kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
@@ -130,7 +133,10 @@ def _same_word(student: Features, teacher: Features, batch: Batch, shape: ModelS
 
 
 def _accepted(student: Features, teacher: Features, batch: Batch, shape: ModelShape) -> Tensor:
-    return each(lambda one_MV, other_MV: torch.minimum(one_MV.softmax(-1), other_MV.softmax(-1)).sum(-1), _lm(student), _lm(teacher))
+    def share(one_MV: Tensor, other_MV: Tensor) -> Tensor:
+        return torch.minimum(*(logits_MV.softmax(-1) for logits_MV in shared(one_MV, other_MV))).sum(-1)
+
+    return each(share, _lm(student), _lm(teacher))
 
 
 COLUMNS: dict[str, Column] = {
@@ -326,6 +332,7 @@ def check_metric(name: str, rows: RowsInfo, student: ModelShape, teacher: ModelS
             expected = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
             raise ValueError(f"metric {name!r} needs {expected} outputs of the task head; the {side}'s has {outputs}")
     if teacher is not None and "teacher" in sides and metric.heads:
-        size = "labels" if metric.heads == TASK_HEADS else "vocab"
-        if getattr(student, size) != getattr(teacher, size):
-            raise ValueError(f"metric {name!r}: the student has {getattr(student, size)} outputs, the teacher {getattr(teacher, size)}")
+        if metric.heads != TASK_HEADS:
+            check_vocabularies(student, teacher)
+        elif student.labels != teacher.labels:
+            raise ValueError(f"metric {name!r}: the student has {student.labels} outputs, the teacher {teacher.labels}")

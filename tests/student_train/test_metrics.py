@@ -153,7 +153,7 @@ def test_keys_follow_from_columns() -> None:
         ("agreement", rows("none"), shape("classification"), None, "give the evaluated data a pass_name"),
         ("agreement", rows("none"), shape("classification"), shape("masked_lm", 0), "the teacher's is masked_lm"),
         ("agreement", rows("none"), shape("classification"), shape("classification", 3), "the student has 2 outputs, the teacher 3"),
-        ("teacher_kl", rows("none", "mlm"), shape("masked_lm", 0), shape("masked_lm", 0, 31), "the student has 30 outputs, the teacher 31"),
+        ("teacher_kl", rows("none", "mlm"), shape("masked_lm", 0), shape("masked_lm", 0, 40), "equal vocabularies .* found 30 and 40"),
     ],
 )  # fmt: skip
 def test_a_metric_that_the_data_cannot_give_is_refused(
