@@ -261,7 +261,7 @@ def take_rows(model: PreTrainedModel, head: Head, rows: Tensor) -> None:
             module.out_features, module.in_features = module.weight.shape
     for module in model.modules():
         if isinstance(getattr(module, "vocab_size", None), int):
-            module.vocab_size = len(rows)  # type: ignore[assignment]
+            module.vocab_size = len(rows)
     model.config.vocab_size = len(rows)
 
 
