@@ -60,7 +60,8 @@ class Sums:
         squares = [(found_MV - exact_MV).square().sum().item(), *(float(norm.square().sum()) for norm in norms)]
         angle = cosine_M.clamp(-1, 1).arccos().rad2deg().sum().item()
         self._numbers += torch.tensor([len(logits_MV), *squares, angle, kl], dtype=torch.float64)
-        self._means = [one + side.sum(0) for one, side in zip(self._means or (0, 0), (exact_MV, found_MV), strict=True)]
+        sums = [side.sum(0) for side in (exact_MV, found_MV)]
+        self._means = [one + other for one, other in zip(self._means, sums, strict=True)] if self._means else sums
 
     def error(self) -> WordError:
         """Of all that was taken in, at least one token."""
@@ -121,13 +122,15 @@ def worded(keys: Sequence[FeatureKey]) -> dict[FeatureKey, WordForm]:
 def add(sums: Sums, key: FeatureKey, whole: Value, kept: Value, batch: Batch) -> None:
     """Take in the tokens of a batch, ``whole`` and as ``kept``, until there are TOKENS."""
     packed = packed_value(_plain(key), whole, batch)
-    words = packed if isinstance(packed, Words) else as_words(packed)
-    columns = [column_U.split(words.parts()) for column_U in packed_value(key, kept, batch)]
+    assert isinstance(packed, Tensor | Words)
+    words, packed_kept = packed if isinstance(packed, Words) else as_words(packed), packed_value(key, kept, batch)
+    assert isinstance(packed_kept, TopK | Drawn | TopDrawn | TopBanded)
+    columns = [column_U.split(words.parts()) for column_U in packed_kept]
     for logits_MV, *chunk in zip(words.chunks(), *columns, strict=True):
         left = TOKENS - sums.tokens
         if left <= 0:
             return
-        sums.add(logits_MV[:left], type(kept)(*(column[:left] for column in chunk)))
+        sums.add(logits_MV[:left], type(packed_kept)(*(column[:left] for column in chunk)))
 
 
 def measured_again(store: Store, pass_name: str) -> dict[str, WordError]:
