@@ -5,7 +5,7 @@
 FOLDER of --data holds ``data/`` and ``teachers/``. Phases are those of recipes/glmd, cut to a common size and begun from three of the
 teacher's blocks; students that share a phase share its training. What is done stands in --save and is not done again; with --hours no
 student is begun later than that, and a phase that is interrupted goes on from its last checkpoint in --work. For a try: --text-rows 64
---task-rows 64 --steps 2 --dev-rows 32.
+--task-rows 64 --dev-rows 16 --steps 1 --batch-rows 4.
 
 The paper's order (SuperGLUE, Tan et al. 2023, arXiv 2306.06625): GLMD 67.9, with half of the words 67.4, labels added 67.5, MSE in place
 of KL 66.7, masked words alone 66.2, no words in the task stage 64.4. For each student the JSON has held-out scores of all its phases,
@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--task-rows", type=int, default=10000, help="sentences to train on")
     parser.add_argument("--dev-rows", type=int, default=872, help="sentences to measure on, and at most so many paragraphs")
     parser.add_argument("--steps", type=int, help="of each phase, in place of epochs")
+    parser.add_argument("--batch-rows", type=int, help="of each phase, in place of 64 and 32")
     options = parser.parse_args()
     until = time.monotonic() + options.hours * 3600
-    sizes = {name: getattr(options, name) for name in ("text_rows", "task_rows", "dev_rows", "steps")}
+    sizes = {name: getattr(options, name) for name in ("text_rows", "task_rows", "dev_rows", "steps", "batch_rows")}
     figures = json.loads(options.save.read_text()) if options.save.exists() else {"sizes": sizes, "students": {}}
     if figures["sizes"] != sizes:
         raise SystemExit(f"{options.save} holds another size, {figures['sizes']}: give another file and another --work")
@@ -99,7 +100,7 @@ def student(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
     recipe, names = RUNS[name]
     output = f"out/glmd/{recipe}-{seed}"
     file = options.work / f"{recipe}-{seed}.yaml"
-    file.write_text(yaml.safe_dump(cut(recipe, output, seed, options.steps), sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(cut(recipe, output, seed, options.steps, options.batch_rows), sort_keys=False), encoding="utf-8")
     found = {}
     for phase in names:
         started, folder = time.monotonic(), options.work / output / phase
@@ -111,7 +112,7 @@ def student(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
     return {"phases": found, **size_of(folder / "student")}
 
 
-def cut(recipe: str, output: str, seed: int, steps: int | None) -> dict[str, Any]:
+def cut(recipe: str, output: str, seed: int, steps: int | None, batch_rows: int | None) -> dict[str, Any]:
     """The recipe with all phases at the common size, and a student that learns from labels alone."""
     tree = yaml.safe_load((ROOT / "recipes" / "glmd" / f"{recipe}.yaml").read_text(encoding="utf-8"))
     phases = [phase for phase in tree["phases"] if not phase["name"].startswith("tinybert")]
@@ -123,6 +124,8 @@ def cut(recipe: str, output: str, seed: int, steps: int | None) -> dict[str, Any
         if steps is not None:
             phase |= {"steps": steps}
             del phase["epochs"]
+        if batch_rows is not None:
+            phase |= {"batch_rows": batch_rows, "accumulation": 1}
         if "phase" not in phase["student"]:
             vocabulary = {key: value for key, value in phase["student"].items() if key == "vocabulary"}
             phase["student"] = START | vocabulary | ({"source": "teachers/mlm"} if of_task else {})
