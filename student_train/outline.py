@@ -94,9 +94,10 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
     read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
     manifests = {data.store: _manifest(data.store, folders) for data in read}
     live = live_shapes(phase.live)
+    shapes = {data: live or _teacher_shapes(data, manifests[data.store], folders) for data in read}
     blueprint = _blueprint(recipe, phase, folders)
     student = blueprint.shape
-    shapes = {data: as_seen(live or _teacher_shapes(data, manifests[data.store], folders), blueprint) for data in read}
+    shapes = {data: as_seen(found, blueprint) for data, found in shapes.items()}
     taught = [shapes[data] for data in phase.data if shapes[data]] if phase.teacher != "none" else []
     if any(found != taught[0] for found in taught):
         raise ValueError("its data has teachers of different names or shapes; all data of a phase that has teachers has the same")
