@@ -319,11 +319,11 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     takes_segments = "token_type_ids" in accepted if custom else family.segments
     if batch.segments is not None and takes_segments and getattr(model.config, "type_vocab_size", 2) > 1:
         inputs["token_type_ids"] = batch.segments
-    if not custom:
+    if not custom and causality_suffices(batch, loaded.shape, loaded.wiring):  # a mask would take the square of the row's length
+        inputs |= {"attention_mask": None, "position_ids": running_positions(batch, model.config)}
+    elif not custom:
         positions_BT, pad = token_positions(batch), model.config.pad_token_id
         inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
-        if causality_suffices(batch, loaded.shape, loaded.wiring):  # a mask would take the square of the row's length
-            inputs |= {"attention_mask": None, "position_ids": running_positions(batch, model.config)}
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
             raise ValueError(f"packed documents need a head that answers for tokens of a known family, found {loaded.shape.head}")
