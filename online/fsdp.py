@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from online.slices import Slices, read_slices
 class Gathered(Slices):
     """Weights that FSDP2 gathers for as long as the module that holds them runs."""
 
-    together = True
+    together: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -72,7 +72,7 @@ class Weights(Protocol):
 class Whole:
     """Weights that are all here."""
 
-    together = False
+    together: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -5,7 +5,7 @@ Source: Shoeybi et al. 2019, Megatron-LM, section 3; the plans and their modules
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from online.slices import Slices, read_slices
 class Split(Slices):
     """Weights that no rank ever needs as a whole: each works with its own slice, and the results are summed or gathered."""
 
-    together = False
+    together: ClassVar[bool] = False
 
     def calling(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

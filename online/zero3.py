@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Partitioned:
     """Weights in equal parts over the ranks of the default process group."""
 
-    together = True
+    together: ClassVar[bool] = True
 
     def __init__(self, engine: nn.Module) -> None:
         self._engine = engine
