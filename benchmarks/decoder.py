@@ -140,13 +140,13 @@ def train(work: Path, phase: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - started, 1), "steps": result["steps"], "start": result["start"][:16], "scores": scores}
 
 
-def form_bytes(work: Path, phase: str) -> float:
-    """Bytes a labelled token of what ``phase`` learns from, as they lie on the disk."""
+def form_bytes(work: Path, phase: str) -> float | None:
+    """Bytes a labelled token of what ``phase`` learns from, as they lie on the disk; None where it is derived from the head's input."""
     store = Store.open(work / "out/decoder/features")
     wanted = "" if phase == "exact" else array_name(FeatureKey.parse(f"lm_logits@labels:{phase}"), "")
     files = [item for done in store.committed(FORMS[phase]).values() for item in done.files.items()]
     total = sum(seal.size for name, seal in files if name == wanted or name.startswith(f"{wanted}/" if wanted else ""))
-    return round(total / sum(store.manifest.rows.filled.labelled), 1)
+    return None if not total else round(total / sum(store.manifest.rows.filled.labelled), 1)
 
 
 def load(name: str) -> dict[str, Any]:
