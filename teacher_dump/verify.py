@@ -16,8 +16,7 @@ from store.strays import Freed
 from store.verify import Problem, Progress, Repaired
 from store.verify import repair as repair_store
 from store.verify import verify as verify_store
-from teacher_dump.records import describe_errors, describe_word_errors, read_errors, read_word_errors
-from teacher_dump.word_errors import measured_again
+from teacher_dump.records import WordError, describe_errors, describe_word_errors, read_errors, read_word_errors
 
 
 def verify(path: Path, repair: bool, full: bool = True) -> tuple[bool, str]:
@@ -81,7 +80,11 @@ def _read(path: Path) -> Iterator[str]:
 def _words(store: Store, name: str) -> Iterator[str]:
     """How near the kept words come to whole predictions: measured again where these follow from the store, else as the dump found it."""
     recorded, features = read_word_errors(store.path, name), store.manifest.passes[name].features
-    again = measured_again(store, name) if store.complete(name) else {}
+    again: dict[str, WordError] = {}
+    if store.complete(name) and recorded.keys() - {spec.key for spec in features}:
+        from teacher_dump.word_errors import measured_again  # torch takes a second, and most stores have nothing to derive
+
+        again = measured_again(store, name)
     yield from describe_word_errors(recorded | again, features)
     if left := [key for key in recorded if key not in again]:
         yield (
