@@ -81,7 +81,10 @@ def test_a_step_is_a_command_line(step: dict[str, object], words: list[str]) -> 
     ("step", "message"),
     [
         ({}, "steps.0: expected exactly one of rows, augment, generate, dump, add, train; given: none"),
-        ({"dump": "dump.yaml", "train": "train.yaml"}, "expected exactly one of rows, augment, generate, dump, add, train; given: dump, train"),
+        (
+            {"dump": "dump.yaml", "train": "train.yaml"},
+            "expected exactly one of rows, augment, generate, dump, add, train; given: dump, train",
+        ),
         ({"trian": "train.yaml"}, "unknown key 'steps.0.trian'; did you mean 'train'?"),
         ({"dump": "dump.yaml", "phase": "assistant"}, "phase goes with train, not with dump"),
         ({"rows": "dump.yaml", "nproc": 2}, "nproc goes with dump, add, train, not with rows"),
