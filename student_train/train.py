@@ -92,7 +92,7 @@ def train(
     )
     ranks = Ranks(args.ddp_timeout)
     words = kept_words(bundle.student)
-    settings = _settings(phase, data, seed, ranks.count) | ({} if words is None else {"words": words.fingerprint})
+    settings = _settings(phase, data, seed, ranks.count) | ({} if words is None else {"kept words": {"fingerprint": words.fingerprint}})
     check_same_run(ranks, settings)
     resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
     step = 0 if resumed is None else checkpoint.step_of(resumed)

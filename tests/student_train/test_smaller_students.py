@@ -231,3 +231,23 @@ def test_dropped_words_can_all_be_read_as_unknown(many_words: Path, tmp_path: Pa
     dropped = sorted(set(range(410)) - set(words.kept.tolist()))
     assert set(words.kept[words.places[dropped]].tolist()) == {1}
     assert words.representatives == 1
+
+
+def test_a_student_with_fewer_words_learns_from_a_store_what_it_learns_from_the_live_teacher(many_words: Path, tmp_path: Path) -> None:
+    student = {"layers": [2], "source": str(many_words / "teacher"), "vocabulary": KEEP}
+    store = {"store": str(many_words / "store")}
+    methods = [
+        {"name": "lm_kd", "options": {"positions": "all", "temperature": 15.0, "divergence": name}} for name in ("forward_kl", "jsd")
+    ]
+    live = {
+        "data": [store], "evaluate": [{**store, "split": "dev"}],
+        "teacher": {"online": {"model": str(many_words / "teacher"), "head": "masked_lm"}},
+    }  # fmt: skip
+    found = []
+    for name, changes in {"stored": {}, "live": live}.items():
+        made = recipe(tmp_path / name, many_words, {"student": student, "methods": methods, "metrics": ["teacher_kl"], **changes})
+        run(made, ["tests"])
+        ended = result(made, "phase1")
+        found.append({part: ended[part] for part in ("start", "student", "before", "after")})
+    assert found[0] == found[1]
+    assert found[0]["student"] != found[0]["start"]
