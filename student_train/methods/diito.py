@@ -133,8 +133,8 @@ class DIITO(Method):
         after, bases_BT = self._after(student, batch), self._bases(batch)
         other = {key.of(""): value for key, value in teacher.items() if key.pass_name == self.counterfactual}
         if self.causal_ce:
-            words = (word_logits(side, LOGITS, batch).at(bases_BT[batch.mask]) for side in (after, other))
-            terms["causal_ce"] = self.causal_ce * word_kl(*words, temperature).sum()
+            mine, theirs = (word_logits(side, LOGITS, batch).at(bases_BT[batch.mask]) for side in (after, other))
+            terms["causal_ce"] = self.causal_ce * word_kl(mine, theirs, temperature).sum()
         if self.causal_cos:
             own_UW, other_UW = (dense(side, FINAL)[bases_BT].float() for side in (after, other))
             terms["causal_cos"] = self.causal_cos * cosine(own_UW, other_UW).sum()

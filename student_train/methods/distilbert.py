@@ -80,8 +80,8 @@ class DistilBERT(Method):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Terms:
         terms = {}
         if self.soft:
-            words = (word_logits(side, self.logits, batch) for side in (student, teacher))
-            terms["soft"] = self.soft * word_kl(*words, self.now(self.temperature)).sum()
+            mine, other = (word_logits(side, self.logits, batch) for side in (student, teacher))
+            terms["soft"] = self.soft * word_kl(mine, other, self.now(self.temperature)).sum()
         if self.mlm:
             terms["mlm"] = self.mlm * word_loss(word_logits(student, LABELS, batch), batch)
         if self.cosine:
