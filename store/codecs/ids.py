@@ -1,7 +1,7 @@
 """Word ids of large vocabularies in as many bits as they need, one after the other, the lowest bit first.
 
 Id i of a unit has the bits from i * b on, of ceil(K * b / 8) bytes; b is 17 to 24. Up to 65,536 words ids are plain uint16: packing 64 of
-them into 15 bits would save 6 % of their bytes, and 0.3 million tokens a second would be read instead of 15 million (a busy core). In 17 and
+them into 15 bits would save 6 % of their bytes, and 0.3 million tokens a second read, not 15 million (a busy core). In 17 and
 18 bits it saves 44 % of int32.
 
 Shapes: n units, K ids of each, Y bytes of each, G groups of 8 ids, whose b bytes share nothing with others.
