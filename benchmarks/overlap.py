@@ -59,6 +59,11 @@ CASES = {
     "final + input.12": ("deep", "base", ("final@all", "input.12@all")),
     "all hidden": ("deep", "base", ("hidden.*@all",)),
     "top-64 words": ("deep", "masked_lm", ("lm_logits@all:top64",)),
+    "head input": ("deep", "masked_lm", ("head_input@all",)),
+    "top-64 words of 95 %": ("deep", "masked_lm", ("lm_logits@all:top64p95",)),
+    "6 words, 12 bands": ("deep", "masked_lm", ("lm_logits@all:top6band12",)),
+    "4 words, 9 draws": ("deep", "masked_lm", ("lm_logits@all:top4draw9",)),
+    "50 draws": ("deep", "masked_lm", ("lm_logits@all:draw50",)),
     "minilm: final + input.6": ("minilm", "base", ("final@all", "input.6@all")),
 }
 """Teacher, head and features."""
