@@ -182,8 +182,8 @@ class _Head:
         modes = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, torch.is_grad_enabled()
         if not loaded.weights.together:
             return partial(_under, device, *modes, self.whole)
-        if grad or not isinstance(loaded.word_head, nn.Linear | NarrowHead):
-            return None
+        if grad or not isinstance(loaded.word_head, nn.Linear | NarrowHead) or any(w.requires_grad for w in loaded.word_head.parameters()):
+            return None  # a student's engine gathers weights itself, also where it is measured
         statics = live_statics(loaded, ("head.weight", "head.bias"))
         product = partial(F.linear, weight=statics["head.weight"], bias=statics.get("head.bias"))
         return partial(_under, device, *modes, lambda input_MW: self._capped(product(input_MW)))
