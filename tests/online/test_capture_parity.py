@@ -110,11 +110,8 @@ def test_statics_and_wiring_turn_hidden_states_into_inputs_projections_and_logit
     loaded, batch = LoadedModel.of(tiny_model(name, word_head_of(name)), word_head_of(name)), lay_out("right")[0]
     mask, wiring = batch.mask, loaded.wiring
     sites = [f"{site}.{i}" for site in ("hidden", "input", "query", "key", "value") for i in range(1, LAYERS + 1)]
-    features = {
-        str(key): value[mask].double()
-        for key, value in capture(loaded, batch, ["hidden.0", *sites, "final", "head_input", "lm_logits"]).items()
-        if isinstance(value, Tensor)
-    }
+    captured = capture(loaded, batch, ["hidden.0", *sites, "final", "head_input", "lm_logits"])
+    features = {str(key): dense(captured, key)[mask].double() for key in captured}
     fronts = [f"{part}.{w}" for part in ("norm", "bottleneck", "bottleneck_norm") for w in ("weight", "bias")]
     blocks = [f"{i}.{part}" for i in range(1, LAYERS + 1) for part in fronts]
     blocks += [f"{i}.{p}.{w}" for i in range(1, LAYERS + 1) for p in ("query", "key", "value") for w in ("weight", "bias")]
