@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "decoder"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 TEACHER = "out/decoder/teacher/teacher/student"
-FORMS = {"exact": "teacher", "top64": "words", "draw50": "words", "top12draw20": "words"}
+FORMS = {"exact": "teacher", "top64": "words", "draw50": "words", "top12draw20": "words", "top6band12": "words"}
 """Phase -> the pass whose answers of that form it learns from; the others read none."""
 
 
