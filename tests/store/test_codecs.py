@@ -115,12 +115,13 @@ def test_form_and_type_of_a_key_name_its_codec_and_a_spec_says_what_a_unit_costs
         ("lm_logits@labels:top4p95min2", "float16"),
         ("lm_logits@labels:draw50tau80", "float16"),
         ("lm_logits@labels:top4draw9x2", "float16"),
+        ("lm_logits@labels:top6band12", "float16"),
         ("lm_logits@labels:select", "float32"),
     ]
     assert [codec_of(FeatureKey.parse(key), dtype) for key, dtype in kept] == [
-        *("cast", "int8", "float8", "topk", "topk", "draw", "topdraw", "select")
+        *("cast", "int8", "float8", "topk", "topk", "draw", "topdraw", "topband", "select")
     ]
-    assert set(CODECS) == {"cast", "int8", "float8", "topk", "draw", "topdraw", "select"}
+    assert set(CODECS) == {"cast", "int8", "float8", "topk", "draw", "topdraw", "topband", "select"}
     assert [spec("hidden.1", dtype, 768).unit_bytes for dtype in ("int8", "float8")] == [772, 772]
     assert spec("hidden.1", "bfloat16", 768).unit_bytes == 1536
     assert spec("lm_logits@labels:top64", "float16", 30522).unit_bytes == 64 * 2 + 64 * 2 + 4

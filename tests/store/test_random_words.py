@@ -14,7 +14,7 @@ from store.forms import word_form
 from store.seeds import token_seeds, uniforms
 
 LOGITS = (np.random.default_rng(0).normal(0, 2, (40, 23)) * 1.5).astype(np.float32)
-NEAR = LOGITS / 4
+NEAR = LOGITS / 2
 """Without words that have nearly all of the mass."""
 SEEDS = token_seeds(np.arange(40))
 

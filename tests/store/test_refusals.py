@@ -129,11 +129,11 @@ def test_larger_numbers_than_the_files_hold_are_noticed(made: Made) -> None:
 
 
 def test_another_schema_is_refused(made: Made) -> None:
-    edit(made, lambda tree: tree.update(schema_version=6))
-    with pytest.raises(StoreError, match="expected schema version 1 to 5, found 6"):
+    edit(made, lambda tree: tree.update(schema_version=7))
+    with pytest.raises(StoreError, match="expected schema version 1 to 6, found 7"):
         Store.open(made.path)
     (made.path / "manifest.json").write_text("[]")
-    with pytest.raises(StoreError, match="expected schema version 1 to 5, found none"):
+    with pytest.raises(StoreError, match="expected schema version 1 to 6, found none"):
         Store.open(made.path)
     (made.path / "manifest.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(StoreError, match="damaged"):

@@ -281,6 +281,7 @@ def test_logs_go_where_the_recipe_says_and_are_never_the_end_of_a_run(
 
 def test_operations_of_a_batch_are_those_that_torch_counts(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
     masked_recipe["features"] = ["lm_logits@masked:top8", "lm_logits@first:top2", "hidden.1@all"]
+    masked_recipe["rows"]["slot_tokens"] = 4096  # fewer than 16 tokens are filled up for the head
     path = write(masked_recipe)
     assert teacher_dump("rows", path).code == 0
     recipe = load(path)
@@ -290,7 +291,8 @@ def test_operations_of_a_batch_are_those_that_torch_counts(masked_recipe: Tree, 
     teacher.loaded.model.set_attn_implementation("eager")  # torch does not count the CPU's fused attention
     store = Store.open(recipe.store)
     work = counting(teacher, 1e12)
-    for members in cut(store.rows, rows_of(store.rows, 0), 64):
+    for members in cut(store.rows, rows_of(store.rows, 0), 1024):
+        assert min(len(members), int(collate(store, members).labelled.sum())) >= 16
         with FlopCounterMode(display=False) as counter:
             teacher.answer(collate(store, members))
         assert work.operations(store.rows, members) == counter.get_total_flops()
