@@ -13,13 +13,15 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import safe_open
 
+from store import layout
 from store.publish import make_folder, replace
 from store.strict import Strict, parse
 from student_train.output import RESULT, phase_folder, student_folder
@@ -70,12 +72,15 @@ def begin(sweep: Sweep) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"output: expected a folder or nothing, found a file: {nearest}")
-    if folder.is_dir() and not (folder / SWEEP).is_file() and any(folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    of_a_beginning = {"claims", layout.temporary(folder / SWEEP).name}  # another worker may be here
+    if SWEEP not in names and names - of_a_beginning:
         raise ValueError(f"output: {folder} holds something else than a sweep of student-train; give another folder")
-    for name in ("", "recipes", "logs", "claims", "ended", "trials"):
-        make_folder(folder / name)
     tree = sweep.model_dump(mode="json", exclude_none=True)
-    replace(folder / SWEEP, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+    with _turn(sweep):
+        replace(folder / SWEEP, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+    for name in ("recipes", "logs", "ended", "trials"):
+        make_folder(folder / name)
 
 
 def claim(sweep: Sweep, trial: Trial) -> int | None:
@@ -140,11 +145,19 @@ def rows(sweep: Sweep, tried: Iterable[Trial]) -> list[Row]:
 
 
 def write_table(sweep: Sweep, tried: Iterable[Trial]) -> None:
-    """Write ``trials.json`` anew; of several processes that do so at once, one waits for the other."""
-    with (sweep.output / "claims" / TABLE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Write ``trials.json`` anew."""
+    with _turn(sweep):
         table = [row.model_dump(mode="json") for row in rows(sweep, tried)]
         replace(sweep.output / TABLE, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def _turn(sweep: Sweep) -> Iterator[None]:
+    """Be the only process that writes files which several write; the others wait."""
+    make_folder(sweep.output / "claims")
+    with (sweep.output / "claims" / ".turn").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _row(sweep: Sweep, trial: Trial) -> Row:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from student_train.cli import main
 from student_train.ranking import ranked, table
 from student_train.sweep import Sweep, trials
 from student_train.sweep_run import check_sweep
-from student_train.trial import Row
+from student_train.trial import Row, begin
 from teacher_dump.dump import dump
 from teacher_dump.recipe import DumpRecipe
 
@@ -124,6 +125,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(program: Run, tiny_swe
     assert code == 2
     assert "holds something else than a sweep" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_workers_that_begin_at_once_make_one_folder(tiny_sweep: ModuleType, tmp_path: Path) -> None:
+    file = tiny_sweep.write_sweep(tmp_path, tmp_path / "no store")
+    for round_ in range(20):
+        sweep = load_yaml(Sweep, file, [f"output={tmp_path / str(round_)}"])
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(begin, sweep) for _ in range(8)]:
+                future.result()
+        assert load_yaml(Sweep, sweep.output / "sweep.yaml") == sweep
 
 
 def test_printing_lists_the_trials_and_needs_no_store(program: Run, tiny_sweep: ModuleType, tmp_path: Path) -> None:
