@@ -158,7 +158,7 @@ def _start(sweep: Sweep, trial: Trial, device: str, handle: int) -> _Work:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=_environment(os.environ, device, sweep.threads),
+            env=trial_environment(os.environ, device, sweep.threads),
             pass_fds=(handle,),  # so that the trial stays claimed until this process is gone, also where the sweep is killed
             preexec_fn=ends_with_parent(),
         )
@@ -185,7 +185,7 @@ def _end(sweep: Sweep, tried: Sequence[Trial], work: _Work) -> None:
     _log.info("trial %d of %d: %s: %s, %.0f s", tried.index(work.trial) + 1, len(tried), work.trial, what, seconds)
 
 
-def _environment(known: Mapping[str, str], device: str, threads: int | None) -> dict[str, str]:
+def trial_environment(known: Mapping[str, str], device: str, threads: int | None) -> dict[str, str]:
     """That of a trial's process. GPUs are counted among those that this process sees."""
     changed = dict(known)
     if device == "cpu":

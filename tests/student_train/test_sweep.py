@@ -14,7 +14,7 @@ from store.strict import load_yaml
 from student_train.cli import main
 from student_train.ranking import ranked, table
 from student_train.sweep import Sweep, trials
-from student_train.sweep_run import check_sweep
+from student_train.sweep_run import check_sweep, trial_environment
 from student_train.trial import Row, begin
 from teacher_dump.dump import dump
 from teacher_dump.recipe import DumpRecipe
@@ -135,6 +135,14 @@ def test_workers_that_begin_at_once_make_one_folder(tiny_sweep: ModuleType, tmp_
             for future in [pool.submit(begin, sweep) for _ in range(8)]:
                 future.result()
         assert load_yaml(Sweep, sweep.output / "sweep.yaml") == sweep
+
+
+def test_a_trial_sees_the_one_device_that_it_trains_on() -> None:
+    seen = {"CUDA_VISIBLE_DEVICES": "4,7", "OMP_NUM_THREADS": "8"}
+    assert trial_environment(seen, "cuda:1", None) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "8"}
+    assert trial_environment({}, "cuda:1", 2) == {"CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2"}
+    assert trial_environment(seen, "cpu", None)["CUDA_VISIBLE_DEVICES"] == ""
+    assert trial_environment(seen, "", None) == seen
 
 
 def test_printing_lists_the_trials_and_needs_no_store(program: Run, tiny_sweep: ModuleType, tmp_path: Path) -> None:
