@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from student_train.chain import Chain
 from student_train.recipe import TrainRecipe
+from student_train.sweep import Sweep
 from teacher_dump.augment import AugmentRecipe
 from teacher_dump.generate import GenerateRecipe
 from teacher_dump.recipe import DumpRecipe
@@ -22,14 +23,15 @@ HEAD = """# Recipes, field by field
 
 Both programs read a recipe as YAML. An unknown key is an error that names the nearest known one; any field can be set on the command
 line as `key.path=value`, list items by number: `teacher-dump run dump.yaml rows.sources.0.limit=100`. Editors that know JSON schemas
-can check a recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train`, `chain`, `augment`,
-`generate`) on its first line. Paths are relative to the folder a program is started in. This page is made from the code by
+can check a recipe while you type: put `# yaml-language-server: $schema=docs/dump.schema.json` (or `train`, `chain`, `sweep`,
+`augment`, `generate`) on its first line. Paths are relative to the folder a program is started in. This page is made from the code by
 `python docs/reference.py`.
 """
 TITLES = {
     DumpRecipe: "A dump: `teacher-dump run|plan|rows RECIPE`",
     TrainRecipe: "A training run: `student-train run|needs RECIPE`",
     Chain: "Both in turn: `student-train chain RECIPE`",
+    Sweep: "Many training runs: `student-train sweep RECIPE`",
     AugmentRecipe: "Augmented texts: `teacher-dump augment RECIPE`",
     GenerateRecipe: "Texts that a teacher writes: `teacher-dump generate RECIPE`",
 }
@@ -55,6 +57,7 @@ def schemas() -> dict[str, str]:
             "dump": DumpRecipe,
             "train": TrainRecipe,
             "chain": Chain,
+            "sweep": Sweep,
             "augment": AugmentRecipe,
             "generate": GenerateRecipe,
         }.items()

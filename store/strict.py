@@ -154,22 +154,27 @@ def set_by_path(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ValueError(f"expected key.path=value, found {override!r}")
-    *parents, last = path.split(".")
-    node: Any = tree
-    for part in parents:
-        node = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ValueError(f"{override!r}: {part!r} holds a value, not options")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"{override!r}: the value is not YAML") from None
-    node[_index(node, last, override) if isinstance(node, list) else last] = value
+    set_value(tree, path, value, override)
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def set_value(tree: dict[str, Any], path: str, value: object, where: str) -> None:
+    """Set the value at ``key.path`` in plain data, in place; a ValueError, which begins with ``where``, where the path leads nowhere."""
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[_index(node, part, where)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"{where!r}: {part!r} holds a value, not options")
+    node[_index(node, last, where) if isinstance(node, list) else last] = value
+
+
+def _index(items: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ValueError(f"{override!r}: expected an item from 0 to {len(items) - 1}, found {part!r}")
+        raise ValueError(f"{where!r}: expected an item from 0 to {len(items) - 1}, found {part!r}")
     return int(part)
 
 

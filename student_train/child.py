@@ -29,7 +29,7 @@ def run_child(command: Sequence[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        child = subprocess.Popen(command, preexec_fn=_ends_with_parent() if sys.platform == "linux" else None)
+        child = subprocess.Popen(command, preexec_fn=ends_with_parent())
         if told:  # while it was being started
             child.terminate()
         try:
@@ -44,7 +44,9 @@ def run_child(command: Sequence[str]) -> int:
     return code or (128 + signal.SIGTERM if told else 0)
 
 
-def _ends_with_parent() -> Callable[[], None]:
-    """What a child calls before it becomes its program."""
+def ends_with_parent() -> Callable[[], object] | None:
+    """What a child calls before it becomes its program (``preexec_fn``), on Linux: it is told to end when this process is gone."""
+    if sys.platform != "linux":
+        return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: a forked process should do as little as it can
     return lambda: prctl(_END_WITH_PARENT, signal.SIGTERM)

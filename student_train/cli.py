@@ -13,6 +13,7 @@ import click
 from store.errors import StoreError
 from student_train.export_command import export
 from student_train.plan_command import plan
+from student_train.sweep_command import sweep
 
 USAGE = 2
 """Exit code of anything a user can mend."""
@@ -200,6 +201,7 @@ def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ..
 
 program.add_command(plan)
 program.add_command(export)
+program.add_command(sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -129,8 +129,14 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
     Raises:
         ValueError, StoreError: what does not fit; nothing was written.
     """
+    outlines = check_options(recipe, phases)
+    check_features(outlines)
+    return outlines
+
+
+def check_options(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
+    """What ``check`` does, but for the features of the passes."""
     outlines = [outline(recipe, phase) for phase in phases]
-    wanted: dict[tuple[Path, PassName], frozenset[FeatureKey]] = {}
     for one in outlines:
         phase = one.phase
         check_start(one.blueprint)
@@ -142,17 +148,23 @@ def check(recipe: TrainRecipe, phases: Sequence[PhaseSpec]) -> list[Outline]:
         for data in phase.evaluate:
             if data.where is not None:
                 held_out_rows(Store.open(data.store), data.split, phase.evaluate_rows, data.where, data.compared_pass)
-        for place, keys in one.passes.items():
-            wanted[place] = wanted.get(place, frozenset()) | keys
         if "RANK" not in os.environ:  # making arguments joins the ranks of a launch, which happens once: in train
             _check_arguments(recipe, phase)
-    followed = {data.store for phase in phases for data in phase.data if data.follow}
+    return outlines
+
+
+def check_features(outlines: Sequence[Outline]) -> None:
+    """Raise MissingFeature, with one paragraph for each pass, where stores lack what phases read; the phases may be of several recipes."""
+    wanted: dict[tuple[Path, PassName], frozenset[FeatureKey]] = {}
+    for one in outlines:
+        for place, keys in one.passes.items():
+            wanted[place] = wanted.get(place, frozenset()) | keys
+    followed = {data.store for one in outlines for data in one.phase.data if data.follow}
     problems = [
         problem for (path, pass_name), keys in wanted.items() if (problem := _lack(Store.open(path), pass_name, keys, path in followed))
     ]
     if problems:
         raise MissingFeature("\n\n".join(problems))
-    return outlines
 
 
 def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:

@@ -10,13 +10,20 @@ import yaml
 from store.strict import Strict, load_yaml
 from student_train.chain import Chain
 from student_train.recipe import TrainRecipe
+from student_train.sweep import Sweep
 from teacher_dump.augment import AugmentRecipe
 from teacher_dump.generate import GenerateRecipe
 from teacher_dump.recipe import DumpRecipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.name != "grid.yaml")  # those: test_task_grids.py
-KINDS: dict[str, type[Strict]] = {"phases": TrainRecipe, "steps": Chain, "augment": AugmentRecipe, "prompt": GenerateRecipe}
+KINDS: dict[str, type[Strict]] = {
+    "phases": TrainRecipe,
+    "steps": Chain,
+    "search": Sweep,
+    "augment": AugmentRecipe,
+    "prompt": GenerateRecipe,
+}
 """A key that only recipes of this kind have; all others are those of a dump."""
 
 

@@ -13,6 +13,7 @@ from store.features import FeatureKey
 from store.strict import load_yaml
 from student_train.needs import needs
 from student_train.recipe import TrainRecipe
+from student_train.sweep import Sweep, trials
 from teacher_dump.recipe import DumpRecipe
 from teacher_dump.selection import resolve
 from teacher_dump.ship import shipped_blocks
@@ -47,7 +48,10 @@ def dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, DumpReci
 
 def test_shipped_dumps_hold_what_shipped_recipes_read(dumps: dict[str, DumpRecipe]) -> None:
     folders = {name: recipe.teacher.model for name, recipe in dumps.items()}
-    lines = needs([load_yaml(TrainRecipe, path) for path in recipes("phases")], folders)
+    sweep = load_yaml(Sweep, RECIPES / "sweeps" / "sst2.yaml", [f"recipe={RECIPES / 'sweeps' / 'train.yaml'}", "seeds=[0]"])
+    tried = trials(sweep)
+    assert len(tried) == 16
+    lines = needs([*(load_yaml(TrainRecipe, path) for path in recipes("phases")), *(trial.recipe for trial in tried)], folders)
     wanted = {document["pass_name"]: document for document in yaml.safe_load_all(lines)}
     assert {"sst2", "second", "mlm", "words", "factual", "counterfactual"} <= wanted.keys()
     for name, document in wanted.items():

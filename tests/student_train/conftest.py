@@ -51,6 +51,12 @@ def tiny_chain() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def tiny_sweep() -> ModuleType:
+    """The script ``tiny_sweep.py`` as a module."""
+    return _module("tiny_sweep")
+
+
+@pytest.fixture(scope="session")
 def taught(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 48 rows with the pass ``bert``."""
     path: Path = tmp_path_factory.mktemp("stores") / "taught"

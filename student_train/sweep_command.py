@@ -1,0 +1,56 @@
+"""The command ``student-train sweep``."""
+
+import sys
+from pathlib import Path
+
+import click
+
+FAILED = 1
+"""Exit code of a sweep that is over, and some of whose trials failed."""
+
+EXAMPLE = """\b
+A sweep is a YAML file; paths are relative to the folder that it is started in:
+  recipe: train.yaml                  # what student-train run takes
+  output: out/sweep
+  search:
+    method:                           # alternatives by name: keys that are set together
+      kd:  {phases.0.methods: [{name: kd}]}
+      pkd: {phases.0.methods: [{name: kd}, {name: pkd, weight: 50}]}
+    phases.0.trainer.learning_rate: [2.0e-5, 5.0e-5]
+  seeds: [0, 1, 2]
+  metric: accuracy                    # -task_kl: lower is better
+  devices: [cuda:0, cuda:1]           # a trial at a time on each
+See docs/sweeps.md.
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("sweep", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--print", "only_print", is_flag=True, help="Print the trials, and train none.")
+@click.option("--retry", is_flag=True, help="Try those trials again that have failed.")
+def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool) -> None:
+    """Train every combination of the values in SWEEP with every seed, and rank them; or go on where an earlier sweep stopped.
+
+    Every combination is checked before the first one trains, down to the features that stores must hold. Each trial is a process of its
+    own, student-train run on OUTPUT/recipes/TRIAL.yaml. Finished trials are skipped, interrupted ones go on from their checkpoints. The
+    same command in other terminals, or on other machines that see the same folders, joins in. A trial that fails is recorded in
+    OUTPUT/trials.json, and the others go on; the exit code is then 1.
+    """
+    from store.strict import load_yaml
+    from student_train.ranking import table
+    from student_train.sweep import Sweep, trials
+    from student_train.sweep_run import check_sweep, run_sweep
+
+    loaded = load_yaml(Sweep, sweep, overrides)
+    tried = trials(loaded)
+    if only_print:
+        for number, trial in enumerate(tried, 1):
+            click.echo(f"{number}  {trial}  {trial.name}")
+        return
+    check_sweep(loaded, tried)
+    rows = run_sweep(loaded, tried, retry=retry)
+    click.echo(table(rows, loaded.metric))
+    if failed := [row for row in rows if row.state == "failed"]:
+        click.echo(f"{len(failed)} of {len(rows)} trials failed: see trials.json and logs/ in {loaded.output}; --retry tries them again")
+        sys.exit(FAILED)
