@@ -23,8 +23,9 @@ def export(student: Path, out: Path, form: Literal["onnx", "expanded"]) -> None:
     from student_train.expand import expand
     from student_train.onnx_file import write_onnx
     from student_train.outline import folder_head
+    from student_train.output import found_student
 
-    folder = _student(student)
+    folder = found_student(student)
     if out.exists():
         raise ValueError(f"{out} is there already: give the name of a new folder")
     dtype = "float32" if form == "onnx" else str(load_config(folder).dtype or "float32").removeprefix("torch.")
@@ -34,18 +35,3 @@ def export(student: Path, out: Path, form: Literal["onnx", "expanded"]) -> None:
     else:
         expand(loaded, out)
         click.echo(f"{out}: expanded to {loaded.model.config.vocab_size:,} words, {loaded.model.num_parameters():,} parameters")
-
-
-def _student(folder: Path) -> Path:
-    """Where the student of a run, a phase or itself lies."""
-    from student_train.output import RUN
-
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "student" / "config.json").is_file():
-        return folder / "student"
-    found = sorted(path.parent for path in folder.glob("*/student/config.json")) if (folder / RUN).is_file() else []
-    if len(found) == 1:
-        return found[0]
-    hint = f"; its students are {', '.join(str(path) for path in found)}: name one of them" if found else ""
-    raise ValueError(f"expected the folder of a student, found none at {folder}{hint}")
