@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from store.errors import StoreError
+from student_train.evaluate_command import evaluate, mean
 from student_train.export_command import export
 from student_train.plan_command import plan
 from student_train.sweep_command import sweep
@@ -202,6 +203,8 @@ def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ..
 program.add_command(plan)
 program.add_command(export)
 program.add_command(sweep)
+program.add_command(evaluate)
+program.add_command(mean)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

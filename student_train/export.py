@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from online.kept_words import FILE, KeptWords, kept_words
 from online.models import HEADS, LoadedModel, ModelSpec, load_tokenizer
 from online.quiet import quiet
-from store.manifest import Provenance
+from store.manifest import Json, Provenance
 from store.publish import sync_file, sync_folder
-from student_train.recipe import PhaseSpec
+from student_train.recipe import CardSpec, PhaseSpec
 
 Scores = Mapping[str, float]
 """Metric or loss term on held-out rows -> value."""
@@ -41,6 +41,8 @@ class Lineage:
     notices: Sequence[str]
     """What was said when the student was made."""
     made: Provenance
+    card: CardSpec
+    """What the recipe says of licence and public names."""
 
 
 def export(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores, folder: Path) -> None:
@@ -88,7 +90,10 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> 
 def model_card(student: LoadedModel, lineage: Lineage, before: Scores, after: Scores) -> str:
     """README.md of an exported student, with the metadata block that model hubs read."""
     phase, shape = lineage.phase, student.shape
-    metadata = {"library_name": "transformers", "pipeline_tag": _PIPELINES[shape.head], "tags": ["distillation", "teachercache"]}
+    metadata: Json = {"library_name": "transformers", "pipeline_tag": _PIPELINES[shape.head], "tags": ["distillation", "teachercache"]}
+    metadata |= lineage.card.model_dump(mode="json", exclude_defaults=True) | {"license": lineage.card.license}
+    if phase.metrics:
+        metadata["metrics"] = list(phase.metrics)
     methods = [f"- {method.name}, weight {method.weight:g}{_options(method.options)}" for method in phase.methods]
     recipe = yaml.safe_dump(phase.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(lineage.made.versions.items()))

@@ -219,6 +219,12 @@ def ece(confidence_N: Array, right_N: Array) -> float:
     return float(sum(abs((right_N - confidence_N)[bins_N == number].sum()) for number in range(BINS)) / len(right_N))
 
 
+def task_ece(logits_RC: Array, labels_R: Array) -> float:
+    """The same of the task head's likeliest class."""
+    logits_RC, labels_R = _labelled(logits_RC, labels_R)
+    return ece(torch.from_numpy(logits_RC).softmax(1).amax(1).numpy(), (_predicted(logits_RC) == labels_R).astype(float))
+
+
 def choice_accuracy(logits_RC: Array, labels_R: Array, groups_R: Array) -> float:
     """Share of groups whose likeliest row is the right one; with two outputs a row's score is logit 1 - logit 0."""
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
@@ -266,6 +272,7 @@ METRICS: dict[str, Metric] = {
     "choice_accuracy": Metric("share of groups whose likeliest row is right", (*_TASK, "groups"), choice_accuracy, ("choice",), (1, 2)),
     "f1a": Metric("F1 of the right answers over all groups (MultiRC)", _TASK, f1, ("classification",), (2, 2)),
     "exact_match": Metric("share of groups with every row right", (*_TASK, "groups"), exact_match, ("classification",), (2, None)),
+    "task_ece": Metric("calibration error of the likeliest class of rows (tokens), 15 bins", _TASK, task_ece, _CLASSES, (2, None)),
     "perplexity": Metric("exp of the mean loss of the labelled tokens", ("nll",), perplexity, heads=LM_HEADS),
     "agreement": Metric(
         "share of rows (tokens) with the teacher's likeliest class", ("logits", "teacher_logits"), agreement, (), (2, None)

@@ -162,3 +162,16 @@ def _read(file: Path) -> Json:
     if not isinstance(tree, dict):
         raise ValueError(f"{file} is damaged: expected an object; remove {file.parent} to train the phase again")
     return tree
+
+
+def found_student(folder: Path) -> Path:
+    """Where the student of a run, a phase or itself lies."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "student" / "config.json").is_file():
+        return folder / "student"
+    found = sorted(path.parent for path in folder.glob("*/student/config.json")) if (folder / RUN).is_file() else []
+    if len(found) == 1:
+        return found[0]
+    hint = f"; its students are {', '.join(str(path) for path in found)}: name one of them" if found else ""
+    raise ValueError(f"expected the folder of a student, found none at {folder}{hint}")

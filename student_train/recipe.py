@@ -263,12 +263,27 @@ class PhaseSpec(Strict):
         return self
 
 
+class CardSpec(Strict):
+    """What a run cannot know of its students, for the metadata of their model cards."""
+
+    license: str = Field(default="unknown", min_length=1)
+    """Identifier as model hubs write it, such as apache-2.0; teacher and data may decide what is allowed."""
+    base_model: str | None = None
+    """Public name of the teacher's or the start's model."""
+    datasets: tuple[str, ...] = ()
+    """Public names of the data."""
+    language: tuple[str, ...] = ()
+    """Codes such as en."""
+
+
 class TrainRecipe(Strict):
     """A whole run."""
 
     output: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
     phases: tuple[PhaseSpec, ...] = Field(min_length=1)
+    card: CardSpec = CardSpec()
+    """Licence and public names, for the students' model cards."""
 
     @model_validator(mode="after")
     def _phases_in_order(self) -> "TrainRecipe":

@@ -218,7 +218,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         if _first():
             left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
             notices = (*start.notices, *(f"{name} went on from phase {earlier}" for name, earlier in carried.items()), *left)
-            lineage = Lineage(phase, recipe.seed, teacher_lines, _data_lines(phase, stores), notices, made)
+            lineage = Lineage(phase, recipe.seed, teacher_lines, _data_lines(phase, stores), notices, made, recipe.card)
             if phase.student.lora is not None:
                 merge(start.student, phase.student.lora, folder / ADAPTER)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))

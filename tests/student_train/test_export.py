@@ -1,5 +1,6 @@
 """Exported students: what transformers loads from them, and what their model cards say."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from online.models import HEADS, LoadedModel, ModelSpec, load_model
 from store.manifest import Provenance
 from store.shape import Head
 from student_train.export import Lineage, export
-from student_train.recipe import PhaseSpec
+from student_train.recipe import CardSpec, PhaseSpec
 
 PHASE = PhaseSpec.model_validate(
     {
@@ -22,6 +23,7 @@ PHASE = PhaseSpec.model_validate(
         "data": [{"store": "bert-store", "pass_name": "bert"}],
         "methods": [{"name": "kd", "weight": 0.5, "options": {"temperature": 2.0}}, {"name": "hid_seq"}],
         "evaluate": [{"store": "bert-store", "split": "dev", "pass_name": "bert"}],
+        "metrics": ["accuracy"],
         "steps": 3,
     }
 )
@@ -32,6 +34,7 @@ LINEAGE = Lineage(
     data=["trained on split `train`"],
     notices=["classifier starts from random weights"],
     made=Provenance(command=("student-train", "run", "kd.yaml"), versions={"torch": "2"}, created="2026-01-01T00:00:00+00:00"),
+    card=CardSpec(license="apache-2.0", base_model="a/teacher", datasets=("sst2",)),
 )
 
 
@@ -58,7 +61,11 @@ def test_the_model_card_says_how_the_student_was_made(stores: ModuleType, tmp_pa
     export(loaded, LINEAGE, {"accuracy": 0.5}, {"accuracy": 0.75, "kd/soft": 0.1}, tmp_path / "student")
     card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
     _, metadata, text = card.split("---\n", 2)
-    assert yaml.safe_load(metadata)["pipeline_tag"] == "text-classification"
+    front = yaml.safe_load(metadata)
+    assert front["pipeline_tag"] == "text-classification"
+    assert (front["license"], front["base_model"], front["datasets"]) == ("apache-2.0", "a/teacher", ["sst2"])
+    assert front["metrics"] == ["accuracy"]
+    assert "language" not in front
     for expected in (
         "# kd", "AutoModelForSequenceClassification", "weights `0123`", "trained on split `train`", "- kd, weight 0.5 (temperature: 2.0)",
         "| accuracy | 0.5000 | 0.7500 |", "| kd/soft |  | 0.1000 |", "classifier starts from random weights", "seed 7",
@@ -67,6 +74,14 @@ def test_the_model_card_says_how_the_student_was_made(stores: ModuleType, tmp_pa
         assert expected in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert PhaseSpec.model_validate(recipe) == PHASE
+
+
+def test_a_licence_that_nobody_gave_is_unknown_and_names_that_nobody_gave_are_left_out(stores: ModuleType, tmp_path: Path) -> None:
+    loaded = student(stores, tmp_path / "model", "classification")
+    export(loaded, replace(LINEAGE, card=CardSpec()), {}, {}, tmp_path / "student")
+    front = yaml.safe_load((tmp_path / "student" / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1])
+    assert front["license"] == "unknown"
+    assert not front.keys() & {"base_model", "datasets", "language"}
 
 
 def test_an_earlier_export_is_replaced_whole(stores: ModuleType, tmp_path: Path) -> None:

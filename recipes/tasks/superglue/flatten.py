@@ -36,7 +36,7 @@ def record(article: dict[str, Any]) -> Iterator[Line]:
         right = {answer["text"] for answer in query["answers"]}
         for entity in entities:
             statement = query["query"].replace("@placeholder", entity)
-            yield {"passage": text, "statement": statement, "question": query["id"], "label": int(entity in right)}
+            yield {"passage": text, "statement": statement, "entity": entity, "question": query["id"], "label": int(entity in right)}
 
 
 def flatten(task: str, source: Path, target: Path) -> int:
