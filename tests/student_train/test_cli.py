@@ -12,26 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from student_train.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def program(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 def tree(store: Path, output: Path) -> dict[str, Any]:

@@ -4,36 +4,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 
 from store.strict import load_yaml
-from student_train.cli import main
 from student_train.record import record_score
 from student_train.tasks import TASKS, rows_spec
 from teacher_dump.recipe import DumpRecipe
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def program(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -4,35 +4,17 @@ import json
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 from transformers import AutoConfig, BertConfig, LlamaConfig
 
-from student_train.cli import main
 from student_train.method_options import in_words, option_lines
 from student_train.method_reads import Pair, pair_of, reads
 from student_train.methods import METHODS
 from student_train.methods.base import Kind, Knowledge
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def program(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

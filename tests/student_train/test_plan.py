@@ -21,7 +21,6 @@ from online.models import LoadedModel, ModelSpec, load_model
 from online.sharding import Sharding
 from store.features import FeatureKey
 from store.strict import parse
-from student_train.cli import main
 from student_train.colocation import Memory, Seconds, Way, memory, seconds
 from student_train.outline import outline
 from student_train.paper import Paper, Rows, feature_bytes, on_paper
@@ -271,21 +270,6 @@ def test_a_smaller_machine_is_advised_a_further_step(gigabytes: int, step: int, 
 
 
 Program = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def program(capfd: pytest.CaptureFixture[str]) -> Program:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 def test_the_command_prints_every_way_what_is_refused_and_an_advice(folder: Path, tmp_path: Path, program: Program) -> None:

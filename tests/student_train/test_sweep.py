@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from store.strict import load_yaml
-from student_train.cli import main
 from student_train.ranking import ranked, table
 from student_train.sweep import Sweep, trials
 from student_train.sweep_run import check_sweep, trial_environment
@@ -21,23 +20,6 @@ from teacher_dump.recipe import DumpRecipe
 
 Run = Callable[..., tuple[int, str, str]]
 RATE = "phases.0.trainer.learning_rate"
-
-
-@pytest.fixture
-def program(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 def test_trials_are_all_combinations_with_all_seeds(tiny_sweep: ModuleType, tmp_path: Path) -> None:
