@@ -183,7 +183,7 @@ class LMKD(Method):
         if top is not None and tail == "ghost" and temperature != 1:
             raise ValueError(
                 f"temperature: the mass of the tail is known at temperature 1 only, found {temperature}; "
-                "set tail: none (kept words alone), or leave top out (dense logits)"
+                f"{'' if bands else 'set tail: none (kept words alone), or '}leave top out (dense logits)"
             )
         student_key = FeatureKey("lm_logits", positions=positions)
         teacher_key = FeatureKey("lm_logits", positions=positions, form="" if form is None else str(form))

@@ -119,6 +119,12 @@ DENSE = "leave draws out: dense lm_logits follow from head_input with its head"
         ({"samples": 2}, "samples: goes with draws"),
         ({"top": 4, "nucleus": 0.9, "divergence": "jsd"}, "divergence: jsd needs .* outside its top 4; leave top out"),
         ({"top": 4, "nucleus": 0.9, "temperature": 2.0}, "the mass of the tail is known at temperature 1 only, found 2.0"),
+        ({"top": 3, "bands": 4, "temperature": 2}, "at temperature 1 only, found 2.0; leave top out"),
+        ({"top": 3, "bands": 4, "divergence": "reverse_kl"}, "reverse_kl needs what the teacher thinks of every word"),
+        ({"top": 3, "bands": 4, "tail": "none"}, "set top without draws and bands"),
+        ({"top": 3, "bands": 4, "nucleus": 0.5}, "leave draws and nucleus out, or bands"),
+        ({"bands": 4}, "bands: goes with top"),
+        ({"top": 3, "bands": 400}, "expected at most as many bands"),
     ],
 )
 def test_what_drawn_words_and_nuclei_cannot_serve_is_refused_with_what_would(options: dict[str, object], message: str) -> None:
