@@ -29,9 +29,9 @@ from store.features import FeatureKey
 from student_train.methods.divergences import forward_kl, of_tokens, reverse_kl
 
 VOCAB, WIDTH = 150_000, 1024
-FORMS, DUMPED = ("top64", "draw50", "select"), (1000, 4000)
+FORMS, DUMPED = ("top64", "top6band12", "draw50", "select"), (1000, 4000)
 STEPS, LEARNED = ("forward KL", "reverse KL"), (500, 1000)
-COPIES = {"dump": 3, "step": 9}
+COPIES = {"dump": 4, "step": 9}
 """Tensors of a chunk's size that are alive at once."""
 
 
