@@ -1,0 +1,9 @@
+"""The sections of a report, in the order in which they stand in it."""
+
+from collections.abc import Callable
+
+from student_train.report.runs import Runs
+from student_train.report.section import Section
+
+SECTIONS: tuple[Callable[[Runs], Section | None], ...] = ()
+"""Each gives None where the runs have nothing for it to show."""
