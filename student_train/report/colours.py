@@ -1,8 +1,8 @@
 """Named colours of a report, each in a light and a dark variant.
 
-Figures are drawn in the light variant. Their SVG then names the roles as CSS variables (``var(--series-0)``), so that one drawing reads well
-on a light and on a dark page; so no two roles share a light variant. Cells of a heat map stay pale on a light page and deep on a dark one:
-text in the colour ``ink`` is readable on all of them.
+Figures are drawn in the light variant. Their SVG then names the roles as CSS variables (``var(--series-0)``), so that one drawing reads
+well on a light and on a dark page; so no two roles share a light variant. Cells of a heat map stay pale on a light page and deep on a dark
+one: text in the colour ``ink`` is readable on all of them.
 
 The categorical palette is Okabe and Ito's (2008) in tones that stand out on both pages: colour-blind readers tell its members apart.
 """

@@ -85,7 +85,8 @@ def svg(figure: Figure, name: str) -> str:
 def svg_file(figure: Figure, name: str) -> str:
     """The same as a file of its own, which knows both variants of its colours."""
     first, rest = svg(figure, name).split(">", 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{first}>\n<style>{variables("svg")}\nsvg {{ font-family: system-ui, sans-serif; }}</style>{rest}\n'
+    css = f"{variables('svg')}\nsvg {{ font-family: system-ui, sans-serif; }}"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{first}>\n<style>{css}</style>{rest}\n'
 
 
 def variables(selector: str) -> str:

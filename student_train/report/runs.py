@@ -10,7 +10,7 @@ from store.strict import read_yaml
 from student_train.journal import read_journal
 
 LOWER_IS_BETTER = frozenset({"loss", "task_kl", "teacher_kl", "mse", "perplexity", "ece", "task_ece"})
-"""Scores of which less is more, where nobody says so with a minus; loss terms (``method/term``) are among them."""
+"""Scores of which less is more, also where nobody says so with a minus."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def load(folders: Sequence[Path], metric: str | None = None) -> Runs:
         raise ValueError(f"no trial of {', '.join(str(folder) for folder in folders)} has ended yet: there is nothing to report")
     chosen = wanted[0] if wanted else _metric(found[0])
     name = chosen.removeprefix("-")
-    lower = chosen.startswith("-") or (chosen in wanted[len(wanted) :] or name.rpartition("/")[2] in LOWER_IS_BETTER)
+    lower = chosen.startswith("-") or name.rpartition("/")[2] in LOWER_IS_BETTER
     return Runs(tuple(found), name, lower)
 
 

@@ -14,7 +14,8 @@ class Picture:
     caption: str
     """One or two sentences that say what is seen and what it was made from."""
     figure: Figure
-    """Made without pyplot, in colours of ``student_train.report.colours`` alone; a section that is called by the report has them by default."""
+    """Made without pyplot, in colours of ``student_train.report.colours`` alone: those that matplotlib takes by itself inside
+    ``drawing.style()``, where sections are called."""
 
 
 @dataclass(frozen=True)
