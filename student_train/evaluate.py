@@ -21,7 +21,7 @@ from store.pool import pools
 from store.reader import Store
 from store.together import PassName
 from student_train.bundle import Bundle
-from student_train.metrics import COLUMNS, METRICS, student_keys
+from student_train.metrics import COLUMNS, METRICS, Columns, student_keys
 from student_train.translation import translated
 
 BATCH_ROWS = 32
@@ -70,19 +70,27 @@ def evaluate(bundle: Bundle, metrics: Sequence[str], held_out: Sequence[HeldOut]
 
     The student is put into eval mode and left in the mode it was in; no random number is drawn.
     """
+    return answered(bundle, metrics, held_out)[0]
+
+
+def answered(bundle: Bundle, metrics: Sequence[str], held_out: Sequence[HeldOut]) -> tuple[dict[str, float], list[Columns]]:
+    """The scores, and the columns of each of ``held_out`` that the metrics were computed from."""
     training = bundle.training
     bundle.eval()
     try:
         scores: dict[str, float] = {}
+        columns = []
         for data in held_out:
-            scores |= {f"{data.prefix}{name}": value for name, value in _scores(bundle, metrics, data).items()}
-        return scores
+            found, of_data = _scores(bundle, metrics, data)
+            scores |= {f"{data.prefix}{name}": value for name, value in found.items()}
+            columns.append(of_data)
+        return scores, columns
     finally:
         bundle.train(training)
 
 
 @torch.no_grad()
-def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, float]:
+def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> tuple[dict[str, float], Columns]:
     shape = bundle.loaded.shape
     device = next(bundle.student.parameters()).device
     methods = bundle.taking_part(data.taught)
@@ -108,7 +116,7 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> dict[str, 
     columns = {column: torch.cat(parts).numpy() for column, parts in gathered.items()}
     scores = {name: METRICS[name].compute(*(columns[column] for column in METRICS[name].columns)) for name in metrics}
     terms = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
-    return {**scores, **({"loss": sum(terms.values())} if terms else {}), **terms}
+    return {**scores, **({"loss": sum(terms.values())} if terms else {}), **terms}, columns
 
 
 def batches(data: HeldOut) -> Iterator[NDArray[np.int64]]:

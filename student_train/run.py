@@ -26,7 +26,7 @@ from student_train.bundle import Bundle
 from student_train.carry import carry, check_carried, dropped, keep
 from student_train.child import run_child
 from student_train.data import Source, survey
-from student_train.evaluate import HeldOut, evaluate, held_out_rows
+from student_train.evaluate import HeldOut, answered, evaluate, held_out_rows
 from student_train.export import Lineage, export
 from student_train.init import build, check_start
 from student_train.live import answering, load_live, takes_all_ranks
@@ -47,6 +47,7 @@ from student_train.output import (
     write_run,
     write_start,
 )
+from student_train.predictions import write_predictions
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import micro_batches, train
@@ -213,7 +214,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta, together=together)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
-        after = measure() if _first() or together else {}
+        after, answers = answered(bundle, phase.metrics, held_out) if _first() or together else ({}, [])
         teacher_lines = _teacher_lines(one, stores, live)
         if _first():
             left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
@@ -222,6 +223,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             if phase.student.lora is not None:
                 merge(start.student, phase.student.lora, folder / ADAPTER)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))
+            write_predictions(folder, held_out, answers)
             write_result(
                 recipe,
                 phase,
