@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from online.ranks import talking
 from store.strict import did_you_mean
@@ -88,6 +89,7 @@ def training_arguments(
         raise ValueError(f"{where}: trainer: lr_scheduler_type {chosen['lr_scheduler_type']!r} has no effect in student-train")
     if chosen.get("save_strategy") == "best":
         raise ValueError(f"{where}: trainer: save_strategy is no, steps or epoch; the best weights are kept where the phase gives best")
+    _check_reports(chosen["report_to"], where)
     if not evaluates and chosen["eval_strategy"] != "no":
         raise ValueError(f"{where}: trainer: eval_strategy {chosen['eval_strategy']!r} needs the phase's evaluate")
     for verb in ("logging", "save", "eval"):  # the loop's one epoch is the whole run
@@ -134,6 +136,14 @@ def checkpoints_student(given: Mapping[str, object]) -> bool:
 def fixed_on_resume(given: Mapping[str, object]) -> dict[str, object]:
     """The given arguments that must not change between a run and its resumption."""
     return {name: value for name, value in given.items() if name in TRAINING}
+
+
+def _check_reports(given: object, where: str) -> None:
+    """Refuse a tracker that transformers does not know; whether it is installed is seen when it is made."""
+    known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    for name in given if isinstance(given, list) else [given]:
+        if name not in known:
+            raise ValueError(f"{where}: trainer: report_to: unknown tracker {name!r}{did_you_mean(str(name), known)}")
 
 
 def _typed(value: object, default: object, where: str) -> object:

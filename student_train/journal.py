@@ -9,7 +9,7 @@ class Journal:
     """``metrics.jsonl``: one object for each log, with its ``step``; a resumed run goes on after its checkpoint's step."""
 
     def __init__(self, file: Path, step: int) -> None:
-        """Keep what was written up to ``step`` (nothing for a run that starts) and drop what lies after it."""
+        """Keep what was written up to ``step`` (-1 for a run that starts: nothing) and drop what lies after it."""
         self.file = file
         entries = [entry for entry in read_journal(file) if entry["step"] <= step]
         file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")

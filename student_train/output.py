@@ -4,6 +4,7 @@
 <output>/recipe.yaml     the recipe as resolved
 <output>/<phase>/start.json     what the phase is made of, and the scores of its untrained student
 <output>/<phase>/checkpoints/ metrics.jsonl tensorboard/     of the training
+<output>/<phase>/metrics.parquet    the curves as a table, when training ends
 <output>/<phase>/adapter/       the adapters of a student that trained no others, as peft reads them
 <output>/<phase>/student/       the result: a Hugging Face folder with a model card
 <output>/<phase>/result.json    written last: scores before and after, fingerprint of the student

@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerState, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from online.kept_words import kept_words
 from online.ranks import Ranks
@@ -22,6 +20,7 @@ from student_train import checkpoint, lending
 from student_train.agreement import check_same_run
 from student_train.arguments import checkpoints_student, fixed_on_resume, training_arguments
 from student_train.bundle import Bundle
+from student_train.curves import JOURNAL, write_curves
 from student_train.data import MicroBatches, Source
 from student_train.journal import Journal
 from student_train.lost import ending_together
@@ -30,6 +29,7 @@ from student_train.output import CHECKPOINTS
 from student_train.patience import out_of_patience
 from student_train.progress import Progress
 from student_train.recipe import PhaseSpec
+from student_train.reporters import reporters
 from student_train.trainer import TRAINER_STATE, DistillationTrainer
 from student_train.zero import check_launch
 
@@ -64,10 +64,10 @@ def train(
 ) -> TrainResult:
     """Train ``bundle`` in place on rows of ``sources`` (those of ``phase.data``, in order) and leave it in eval mode.
 
-    Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` and ``output/tensorboard``. Where
-    ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses. ``evaluate`` is
-    called on rank 0, with the bundle in eval mode; on all ranks where ``together``, or where the student lies in parts.
-    ``phase.best`` names
+    Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` (and, when training ends, ``metrics.parquet``) and
+    ``output/tensorboard``. Where ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses.
+    ``evaluate`` is called on rank 0, with the bundle in eval mode; on all ranks where ``together``, or where the student lies in
+    parts. ``phase.best`` names
     one of the metrics it returns.
 
     Raises:
@@ -96,11 +96,7 @@ def train(
     check_same_run(ranks, settings)
     resumed = ranks.on_first(lambda: checkpoint.newest(checkpoints, settings))
     step = 0 if resumed is None else checkpoint.step_of(resumed)
-    callbacks = []
-    if "tensorboard" in args.report_to:
-        args.report_to.remove("tensorboard")
-        if ranks.number == 0:
-            callbacks.append(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)))
+    callbacks = reporters(args, where, output, step, ranks.number == 0)
     if checkpoints_student(phase.trainer):
         bundle.checkpoint_activations(where)
     trainer = DistillationTrainer(
@@ -122,7 +118,7 @@ def train(
     if trainer.pop_callback(ProgressCallback):  # absent under disable_tqdm
         trainer.add_callback(progress)
     if ranks.number == 0:
-        trainer.journal = Journal(output / "metrics.jsonl", step)
+        trainer.journal = Journal(output / JOURNAL, -1 if resumed is None else step)
     set_seed(seed + ranks.number)  # every rank its own dropout
     try:
         with ending_together(ranks.count):
@@ -131,6 +127,8 @@ def train(
                 trainer.engine.end()
             trainer.use_best_weights()
     finally:
+        if ranks.number == 0:
+            write_curves(output)
         progress.close()
         lending.forget()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

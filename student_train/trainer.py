@@ -88,11 +88,12 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: the step has nothing to learn from.
         """
-        started = time.perf_counter()
+        self.window.begin(time.perf_counter())
         self.bundle.begin(self.moment)
         check_agreement(self.ranks, self.bundle.decided(), self.state.global_step + 1)
         self.bundle.probed = {} if self._probes else None
         self.watched = {}
+        started = time.perf_counter()
         self.past = self.read_again(self.bundle.looks_back(), num_batches)
         items = [next(epoch_iterator) for _ in range(num_batches)]
         self.window.waited += time.perf_counter() - started
@@ -232,7 +233,7 @@ class DistillationTrainer(Trainer):
             self.journal.append(self.state.log_history[-1])
 
     def _window_logs(self) -> dict[str, float]:
-        window, self.window = self.window, Window()
+        window, self.window = self.window, Window(time.perf_counter())
         return window.logs(self.ranks)
 
     # evaluate

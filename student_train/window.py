@@ -16,14 +16,20 @@ Counts = dict[str, float]
 class Window:
     """What has been summed since the last log, on this rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: float | None = None) -> None:
         self.terms: dict[str, Tensor] = {}
         self.steps: Counts = {}
         self.tokens = 0.0
         self.waited = 0.0
         self.paused = 0.0
         self.norms: Counts = {}
-        self.started = time.perf_counter()
+        self.started = started
+        """None until the first step: what a run does before it, reading a checkpoint for instance, is no part of its speed."""
+
+    def begin(self, now: float) -> None:
+        """A step begins."""
+        if self.started is None:
+            self.started, self.paused = now, 0.0
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Add the terms of a micro-batch."""
@@ -38,7 +44,12 @@ class Window:
                 self.steps[name] = self.steps.get(name, 0) + 1
 
     def logs(self, ranks: Ranks) -> dict[str, float]:
-        """The means of terms and gradient norms over all ranks, and this run's speed; a collective."""
+        """The means of terms and gradient norms over all ranks, and this run's speed; a collective.
+
+        ``loader_wait`` is the share of the time in which the training loop waited for rows and features (read ahead or not), mean over
+        ranks; evaluations and checkpoints are no part of the time, and neither is waiting for other ranks.
+        """
+        assert self.started is not None, "nothing to log"
         elapsed = time.perf_counter() - self.started - self.paused
         names = sorted(self.terms)
         terms = torch.stack([self.terms[name].double() for name in names]).tolist()
