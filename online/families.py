@@ -68,6 +68,8 @@ class Family:
     """Whether the embedding of a token is made of its neighbours' too."""
     bottleneck: Callable[[PreTrainedConfig], Bottleneck | None] = lambda config: None
     """What stands in front of the projections (post-norm models)."""
+    embedding: Callable[[PreTrainedConfig], int] = lambda config: 0
+    """Width of word embeddings, where the transform of the word head narrows hidden states to it."""
     head_rest: str | None = None
     """Linear layer that holds what a narrow word embedding lacks of the language-model head, [width - embedding, vocab]."""
     computed: tuple[str, ...] = ()
@@ -111,6 +113,17 @@ FAMILIES: dict[str, Family] = {
         transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         activation=lambda config: config.hidden_act,
         segments=True,
+        split=_BERT_SPLIT,
+    ),
+    "electra": Family(
+        block="encoder.layer.{i}",
+        projections=_BERT_PROJECTIONS,
+        heads=ENCODER_HEADS,
+        attention_output="attention.output.dense",
+        transform=("generator_predictions.dense", "generator_predictions.LayerNorm"),
+        activation=lambda config: "gelu",
+        segments=True,
+        embedding=lambda config: config.embedding_size,
         split=_BERT_SPLIT,
     ),
     "roberta": _ROBERTA,

@@ -55,8 +55,8 @@ def forward_flops(
     loaded = LoadedModel.of(model, head, custom=custom)
     blocks = sum(_weights(loaded.block(layer)) for layer in range(1, shape.layers + 1))
     words = 0 if loaded.word_head is None else _weights(loaded.word_head)
-    embeddings = getattr(loaded.body, "embeddings", None)  # MobileBERT's hold a linear layer
-    of_each_token = 0 if custom is not None or embeddings is None else _weights(embeddings)
+    below = () if custom is not None else ("embeddings", "embeddings_project")  # MobileBERT's hold a linear layer, ELECTRA has one
+    of_each_token = sum(_weights(module) for name in below if (module := getattr(loaded.body, name, None)) is not None)
     rest = _weights(model) - blocks - words - of_each_token
     of_rows = head not in LM_HEADS and head != "token_classification" and not shape.causal  # decoders score each token
     return ForwardFlops(

@@ -283,6 +283,7 @@ def model_shape(config: PreTrainedConfig, head: Head, custom: CustomModules | No
         labels=labels,
         causal=family.causal and not bidirectional,
         bottleneck=bottleneck.width if bottleneck else 0,
+        embedding=family.embedding(config) if head == "masked_lm" else 0,
         pre_norm=family.norm is not None,
         windows=family.windows(config),
     )

@@ -32,6 +32,8 @@ class ModelShape(Strict):
     causal: bool
     bottleneck: Size = 0
     """Width of what enters the query and key projections where that is neither a hidden state nor its norm (MobileBERT); 0 elsewhere."""
+    embedding: Size = 0
+    """Width of word embeddings where a word head reads that many numbers (ELECTRA), and not a hidden state's; 0 elsewhere."""
     pre_norm: bool
     windows: tuple[int | None, ...]
     """Per block: how many tokens attention looks back (causal) or to each side (bidirectional, half the width); None is unlimited."""
@@ -47,7 +49,7 @@ class ModelShape(Strict):
             "query": self.heads * self.head_width,
             "key": self.kv_heads * self.head_width,
             "value": self.kv_heads * self.head_width,
-            "head_input": self.width,
+            "head_input": self.embedding or self.width,
             "lm_logits": self.vocab,
             "task_logits": self.labels,
         }
@@ -98,6 +100,6 @@ STATICS: dict[str, str] = {
     "{i}.rotary": "inverse frequencies of block i, [head_width / 2]",
     "final_norm.{weight,bias}": "norm after the last block",
     "transform.{weight,bias}, transform_norm.{weight,bias}": "transform of a masked-LM head",
-    "head.{weight,bias}": "the language-model head, [vocab, width] and [vocab]",
+    "head.{weight,bias}": "the language-model head, [vocab, head_input] and [vocab]",
 }
 """Names of the weights that ship with a pass; a name is present exactly where the model has the weight."""

@@ -230,7 +230,7 @@ def feature_bytes(key: FeatureKey, shape: ModelShape, rows: int, tokens: int, la
         return 4 * rows * shape.heads * tokens**2
     units = {"all": rows * tokens, "masked": labelled, "labels": labelled}.get(key.positions, rows)
     if key.site == "lm_logits" and not key.form:
-        return 4 * min(units * shape.vocab, (units + shape.vocab) * shape.width)
+        return 4 * min(units * shape.vocab, (units + shape.vocab) * shape.width_of("head_input"))
     words = re.fullmatch(r"top(\d+)", key.form)
     each = 12 * int(words[1]) + 4 if words else 4 * shape.unit_width(key)
     return units * each

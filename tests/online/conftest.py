@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     DistilBertConfig,
+    ElectraConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -44,6 +45,7 @@ _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: BertConfig(**_BERT),
+    "electra": lambda: ElectraConfig(**_BERT, embedding_size=12),
     "roberta": lambda: RobertaConfig(**_BERT, type_vocab_size=1),
     "xlm-roberta": lambda: AutoConfig.for_model("xlm-roberta", **_BERT),
     "distilbert": lambda: DistilBertConfig(vocab_size=VOCAB, pad_token_id=PAD, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=48),

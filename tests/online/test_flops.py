@@ -14,7 +14,7 @@ from online.models import LM_HEADS, LoadedModel, forward
 from store.features import FeatureKey
 from store.shape import Head
 
-ENCODERS = ("bert", "roberta", "distilbert", "mobilebert", "mobilebert, inverted", "modernbert")
+ENCODERS = ("bert", "roberta", "distilbert", "mobilebert", "mobilebert, inverted", "electra", "modernbert")
 FAMILIES = (*ENCODERS, "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 

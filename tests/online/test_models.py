@@ -144,7 +144,7 @@ def _encoder_decoder(folder: Path) -> None:
 
 def _unknown_family(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "electra"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "albert"}))
 
 
 def _unheard_of(folder: Path) -> None:
@@ -167,7 +167,7 @@ def _decoder(folder: Path) -> None:
         (_truncated_weights, "cannot be loaded with the head masked_lm"),
         (_other_weights, "cannot be loaded with the head masked_lm"),
         (_encoder_decoder, r"encoder-decoder \(t5\)"),
-        (_unknown_family, "unknown model family 'electra'.*modules"),
+        (_unknown_family, "unknown model family 'albert'.*modules"),
         (_unheard_of, "config.json cannot be read"),
         (_decoder, "bert with is_decoder is not supported"),
     ],

@@ -24,6 +24,7 @@ EQUAL: list[tuple[str, Head, Head, str]] = [
     ("roberta", "masked_lm", "masked_lm", "float32"),
     ("xlm-roberta", "classification", "classification", "float32"),
     ("distilbert", "masked_lm", "masked_lm", "float32"),
+    ("electra", "masked_lm", "masked_lm", "float32"),
     ("llama", "causal_lm", "causal_lm", "float32"),
     ("llama", "causal_lm", "causal_lm", "bfloat16"),
     ("tied llama", "causal_lm", "causal_lm", "float32"),

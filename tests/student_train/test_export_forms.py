@@ -25,6 +25,7 @@ MOBILE = {"embedding_size": 6, "intra_bottleneck_size": 8}
 MODELS: dict[str, tuple[Head, str, dict[str, Any]]] = {
     "bert": ("masked_lm", "bert", {}),
     "mobilebert": ("masked_lm", "mobilebert", MOBILE),
+    "electra": ("masked_lm", "electra", {"embedding_size": 6}),
     "llama": ("causal_lm", "llama", LLAMA),
     "classifier": ("classification", "gpt2", {}),
 }
@@ -58,7 +59,7 @@ def ids_and_mask(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.long()
 
 
-@pytest.mark.parametrize("name", ["bert", "mobilebert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "mobilebert", "electra", "llama"])
 def test_an_expanded_folder_gives_the_same_for_the_same_ids_without_this_program(name: str, tiny_words: ModuleType, tmp_path: Path) -> None:
     student, words, folder = smaller(tmp_path, tiny_words, name)
     ids, mask = ids_and_mask(4, 9)
@@ -90,7 +91,7 @@ def test_an_expanded_folder_gives_the_same_for_the_same_ids_without_this_program
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "mobilebert", "classifier"])
+@pytest.mark.parametrize("name", ["bert", "mobilebert", "electra", "classifier"])
 def test_an_onnx_file_takes_ids_of_the_whole_vocabulary_at_any_size(name: str, tiny_words: ModuleType, tmp_path: Path) -> None:
     student, _, folder = smaller(tmp_path, tiny_words, name)
     said = CliRunner().invoke(program, ["export", str(folder), str(tmp_path / "onnx"), "--to", "onnx"])

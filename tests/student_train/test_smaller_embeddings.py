@@ -61,6 +61,29 @@ def test_mobilebert_s_narrow_words_and_trigrams_go_with_fewer_words(
     assert again.fingerprint == found["student"]
 
 
+@pytest.mark.parametrize("start", ["random", "model"])
+def test_electra_s_factorised_words_go_with_fewer_words(start: str, many_words: Path, tiny_words: ModuleType, tmp_path: Path) -> None:
+    folder = tiny_words.write_model(tmp_path / "electra", "masked_lm", "electra", embedding_size=6)
+    given: dict[str, Any] = (
+        {"random": {}, "source": str(folder)} if start == "random" else {"model": {"model": str(folder), "head": "masked_lm"}}
+    )
+    made = recipe(tmp_path / "out", many_words, {**given, "vocabulary": {"rate": 0.3}})
+    before = build(outline(made, made.phases[0]).blueprint, 0).student.model
+    words = kept_words(before)
+    assert words is not None
+    assert before.get_input_embeddings().weight.shape == (128, 6)
+    assert before.generator_lm_head.weight is before.get_input_embeddings().weight
+    assert before.generator_lm_head.bias.shape == (128,)
+    if start == "model":
+        whole = load_file(folder / "model.safetensors")
+        assert torch.equal(before.generator_lm_head.bias, whole["generator_lm_head.bias"][words.kept])
+    run(made, ["tests"])
+    found = json.loads((made.output / "words" / "result.json").read_text())
+    assert found["after"]["loss"] < found["before"]["loss"]
+    again = load_model(ModelSpec.model_validate({"model": str(student_folder(made, "words")), "head": "masked_lm"}))
+    assert again.fingerprint == found["student"]
+
+
 def test_padding_whose_id_lies_beyond_the_kept_words_starts_as_zeros_and_reaches_the_folder(
     many_words: Path, tiny_words: ModuleType, tmp_path: Path
 ) -> None:
