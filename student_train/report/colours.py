@@ -81,6 +81,11 @@ def series(number: int) -> str:
     return SERIES[number % len(SERIES)].light
 
 
+def dash(number: int) -> str:
+    """The line style of the ``number``-th category: another one for each round of colours."""
+    return ("-", "--", ":", "-.")[number // len(SERIES) % 4]
+
+
 def diverging_map() -> ListedColormap:
     """For ``pcolormesh`` between -limit and limit; cells without a number keep the page's colour."""
     return _map("diverging", DIVERGING)
@@ -92,6 +97,4 @@ def sequential_map() -> ListedColormap:
 
 
 def _map(name: str, tones: tuple[Colour, ...]) -> ListedColormap:
-    found = ListedColormap([tone.light for tone in tones], name=name)
-    found.set_bad(PAPER.light, 0.0)
-    return found
+    return ListedColormap([tone.light for tone in tones], name=name).with_extremes(bad=(0, 0, 0, 0))
