@@ -14,6 +14,8 @@ from store.errors import StoreError
 from student_train.evaluate_command import evaluate, mean
 from student_train.export_command import export
 from student_train.plan_command import plan
+from student_train.report_command import report
+from student_train.suggest_command import suggest
 from student_train.sweep_command import sweep
 
 USAGE = 2
@@ -202,9 +204,11 @@ def methods(names: tuple[str, ...], teacher: Path | None, changes: tuple[str, ..
 
 program.add_command(plan)
 program.add_command(export)
+program.add_command(suggest)
 program.add_command(sweep)
 program.add_command(evaluate)
 program.add_command(mean)
+program.add_command(report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

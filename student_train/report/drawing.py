@@ -85,15 +85,18 @@ def svg(figure: Figure, name: str) -> str:
 def svg_file(figure: Figure, name: str) -> str:
     """The same as a file of its own, which knows both variants of its colours."""
     first, rest = svg(figure, name).split(">", 1)
-    css = f"{variables('svg')}\nsvg {{ font-family: system-ui, sans-serif; }}"
+    css = f"svg {{ {light()} font-family: system-ui, sans-serif; }}\n@media (prefers-color-scheme: dark) {{ svg {{ {dark()} }} }}"
     return f'<?xml version="1.0" encoding="utf-8"?>\n{first}>\n<style>{css}</style>{rest}\n'
 
 
-def variables(selector: str) -> str:
-    """CSS that gives ``selector`` the colours of all roles, dark ones where the reader's system is dark."""
-    light = " ".join(f"--{role}: {colour.light};" for role, colour in ROLES.items())
-    dark = " ".join(f"--{role}: {colour.dark};" for role, colour in ROLES.items())
-    return f"{selector} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {selector} {{ {dark} }} }}"
+def light() -> str:
+    """CSS variables of all roles on a light page."""
+    return " ".join(f"--{role}: {colour.light};" for role, colour in ROLES.items())
+
+
+def dark() -> str:
+    """The same on a dark one."""
+    return " ".join(f"--{role}: {colour.dark};" for role, colour in ROLES.items())
 
 
 def _short(attribute: str) -> str:

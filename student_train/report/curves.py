@@ -1,0 +1,168 @@
+"""Learning curves: every loss term and held-out score, and the norms of gradients by block and by term, over the steps of a phase.
+
+A curve is the mean over the seeds of a method's best combination.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean
+
+from matplotlib.axes import Axes
+
+from student_train.report.colours import dash, series
+from student_train.report.combinations import Combination, best_of_methods, combinations
+from student_train.report.drawing import panels
+from student_train.report.runs import Phase, Runs
+from student_train.report.section import Picture, Section
+
+POINTS = 120
+"""Points of a curve that are drawn."""
+METHODS = 8
+"""Methods that are drawn, the best ones: as many as there are colours."""
+_PANELS = 24
+_COLUMNS = 3
+HEIGHT = 2.0
+GRADIENT = "gradient/"
+_NO_TERMS = frozenset({"step", "epoch", "learning_rate", "tokens_per_second", "loader_wait", "wait_fraction", "grad_norm"})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value over steps."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def curve(one: Combination, phase: str, name: str) -> Curve:
+    """The logged value ``name`` of a phase, mean over the seeds that have it at a step; thinned to POINTS."""
+    at_step: dict[int, list[float]] = {}
+    for run in one.runs:
+        for of_run in run.phases:
+            if of_run.name != phase:
+                continue
+            score = name.removeprefix("eval_")
+            if score != name and of_run.before is not None and score in of_run.before:
+                at_step.setdefault(0, []).append(of_run.before[score])
+            for log in of_run.logs:
+                if isinstance(value := log.get(name), int | float):
+                    at_step.setdefault(int(log["step"]), []).append(value)
+    steps = sorted(at_step)
+    kept = steps[:: ceil(len(steps) / POINTS)] if steps else []
+    if steps and kept[-1] != steps[-1]:
+        kept.append(steps[-1])
+    return Curve(tuple(kept), tuple(fmean(at_step[step]) for step in kept))
+
+
+def curves(runs: Runs) -> Section | None:
+    """Loss terms and held-out scores, a panel each, a line for each method."""
+    shown, phases = _shown(runs), _phases(runs)
+    pictures = []
+    for phase in phases:
+        names = _names(shown, phase)
+        terms = [name for name in names if not name.startswith(("eval_", GRADIENT)) and name not in _NO_TERMS]
+        scores = [name for name in names if name.startswith("eval_") and "/" not in name]
+        held_out = [name for name in names if name.startswith("eval_") and "/" in name]
+        where = f" of phase {phase}" if len(phases) > 1 else ""
+        for kind, found, said in (
+            ("scores", scores, f"Held-out scores{where}, from the untrained student on."),
+            ("terms", terms, f"Loss and its terms{where} in training, times their weights."),
+            ("held-out-terms", held_out, f"Loss terms{where} on held-out rows, times their weights."),
+        ):
+            if found:
+                pictures.append(_by_name(f"curves-{kind}-{phases.index(phase)}", said, shown, phase, found[:_PANELS]))
+    text = ["Means over the seeds of each method's best combination; a dot is a log where there is one alone."]
+    if len(shown) < (methods := len({run.method for run in runs.all})):
+        text.append(f"The {len(shown)} best of {methods} methods are drawn; curves.parquet has all.")
+    return Section("Learning curves", tuple(text), pictures=tuple(pictures)) if pictures else None
+
+
+def gradients(runs: Runs) -> Section | None:
+    """Norms of gradients, a panel for each method: one line for each part of the student, and one for each loss term."""
+    shown, phases = _shown(runs), _phases(runs)
+    pictures = []
+    for phase in phases:
+        norms = [name for name in _names(shown, phase) if name.startswith(GRADIENT)]
+        parts = [name for name in norms if _is_part(name.removeprefix(GRADIENT))]
+        where = f" in phase {phase}" if len(phases) > 1 else ""
+        for kind, found, said in (
+            ("parts", parts, f"Norm of the gradient in each part of the student{where}, before clipping."),
+            (
+                "terms",
+                [name for name in norms if name not in parts],
+                f"Norm of the gradient of each loss term over the whole student{where}.",
+            ),
+        ):
+            if found:
+                pictures.append(_by_method(f"gradients-{kind}-{phases.index(phase)}", said, shown, phase, found))
+    return Section("Gradients", pictures=tuple(pictures)) if pictures else None
+
+
+def _is_part(name: str) -> bool:
+    return name in ("embeddings", "head") or name.startswith("block.")
+
+
+def _shown(runs: Runs) -> list[Combination]:
+    """The best methods; of runs that are all unfinished, those that there are."""
+    return (best_of_methods(runs) or combinations(runs))[:METHODS]
+
+
+def _phases(runs: Runs) -> list[str]:
+    """Names of phases in the order in which they are met."""
+    return list(dict.fromkeys(phase.name for run in runs.all for phase in run.phases))
+
+
+def _names(shown: Sequence[Combination], phase: str) -> list[str]:
+    """What is logged, in the order in which it is met."""
+    found: list[Phase] = [own for one in shown for run in one.runs for own in run.phases if own.name == phase]
+    return list(dict.fromkeys(name for own in found for log in own.logs for name in log if isinstance(log[name], int | float)))
+
+
+def _by_name(name: str, said: str, shown: Sequence[Combination], phase: str, names: Sequence[str]) -> Picture:
+    """A panel for each name, a line for each method."""
+
+    def draw(axes: Axes, place: int) -> None:
+        axes.set_title(names[place].removeprefix("eval_"))
+        for number, one in enumerate(shown):
+            _line(axes, curve(one, phase, names[place]), one.method, number)
+
+    return _grid(name, said, len(names), draw)
+
+
+def _by_method(name: str, said: str, shown: Sequence[Combination], phase: str, names: Sequence[str]) -> Picture:
+    """A panel for each method, a line for each name."""
+
+    def draw(axes: Axes, place: int) -> None:
+        axes.set_title(shown[place].method)
+        axes.set_yscale("log")
+        for number, norm in enumerate(names):
+            found = curve(shown[place], phase, norm)
+            if any(value > 0 for value in found.values):
+                _line(axes, found, norm.removeprefix(GRADIENT), number)
+
+    return _grid(name, said, len(shown), draw)
+
+
+def _line(axes: Axes, found: Curve, label: str, number: int) -> None:
+    if found.steps:
+        marker = "o" if len(found.steps) == 1 else ""
+        axes.plot(found.steps, found.values, color=series(number), linestyle=dash(number), label=label, marker=marker, markersize=4)
+
+
+def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None]) -> Picture:
+    """``count`` panels and one legend for all of them."""
+    columns = min(_COLUMNS, count)
+    rows = ceil(count / columns)
+    figure, axes = panels(rows, columns, HEIGHT)
+    known: dict[str, object] = {}
+    for place, one in enumerate(axes):
+        if place >= count:
+            one.set_visible(False)
+            continue
+        draw(one, place)
+        if place + columns >= count:
+            one.set_xlabel("step")
+        known |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 6))
+    return Picture(name, said, figure)

@@ -1,0 +1,153 @@
+"""The leaderboard: combinations by their mean score over seeds, with sizes and cost."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from online.figures import duration, size
+from student_train.report.colours import INK, MUTED, series
+from student_train.report.combinations import Combination, best_of_methods, combinations, hyperparameters, spread
+from student_train.report.drawing import panels
+from student_train.report.runs import Run, Runs
+from student_train.report.section import Picture, Section, Table
+from student_train.report.weights import count_weights, weight_bytes
+
+_FURTHER = 4
+"""Other scores than the ranking one that have a column."""
+
+
+def leaderboard(runs: Runs) -> Section:
+    """The best combination of each method, all combinations, and what is not finished."""
+    ranked = combinations(runs)
+    best = best_of_methods(runs)
+    finished = [one for one in ranked if one.mean is not None]
+    unfinished = [run for run in runs.all if run.state != "finished"]
+    way = "lower is better" if runs.lower else "higher is better"
+    text = [
+        f"{len(runs.finished)} of {len(runs.all)} runs are finished: {len(finished)} combinations of {len(best)} methods. Score: held-out "
+        f"{runs.metric} ({way}), mean ± sample standard deviation over seeds."
+    ]
+    tables = []
+    if best:
+        chosen = "The best combination of a method was chosen by the same held-out rows that are shown, so its score flatters it a little."
+        tables.append(_table("Best of each method", best, runs, f"{chosen} {_starts(runs.finished)}"))
+    if len(finished) > len(best):
+        tables.append(_table("All combinations", finished, runs, "", folded=True))
+    if unfinished:
+        tables.append(_unfinished(unfinished))
+    pictures = (_picture(best, runs),) if len(best) > 1 else ()
+    return Section("Leaderboard", tuple(text), tuple(tables), pictures)
+
+
+def _table(name: str, ranked: Sequence[Combination], runs: Runs, note: str, *, folded: bool = False) -> Table:
+    further = _further(ranked, runs.metric)
+    header = (
+        "method",
+        "hyperparameters",
+        runs.metric,
+        "seeds",
+        *further,
+        "untrained",
+        "parameters",
+        "weights",
+        "time",
+        "tokens/s",
+        "start",
+    )
+    lines = []
+    for one in ranked:
+        others = [_mean([run.score(score) for run in one.finished]) for score in further]
+        before = _mean(
+            [None if run.phase is None or run.phase.before is None else run.phase.before.get(runs.metric) for run in one.finished]
+        )
+        sizes = {count_weights(run.phase.student) for run in one.finished if run.phase is not None}
+        bytes_of = {weight_bytes(run.phase.student) for run in one.finished if run.phase is not None}
+        seconds = [run.seconds for run in one.finished if run.seconds is not None]
+        starts = {start for run in one.finished if (start := _start(run))}
+        lines.append(
+            (
+                one.method,
+                hyperparameters(one),
+                spread(one.mean, one.std),
+                f"{len(one.scores)} of {len(one.runs)}",
+                *("" if value is None else f"{value:.4f}" for value in others),
+                "" if before is None else f"{before:.4f}",
+                f"{max(sizes):,}" if sizes and max(sizes) else "",
+                size(max(bytes_of)) if bytes_of and max(bytes_of) else "",
+                duration(fmean(seconds)) if seconds else "",
+                f"{speed:,.0f}" if (speed := _mean([_speed(run) for run in one.finished])) else "",
+                starts.pop()[:8] if len(starts) == 1 else f"{len(starts)} starts" if starts else "",
+            )
+        )
+    filled = [place for place in range(len(header)) if place < 4 or any(line[place] for line in lines)]
+    return Table(
+        name, tuple(header[place] for place in filled), tuple(tuple(line[place] for place in filled) for line in lines), note, folded
+    )
+
+
+def _further(ranked: Sequence[Combination], metric: str) -> list[str]:
+    """Other scores that all have, and that are no loss terms."""
+    found = [set(run.phase.after) for one in ranked for run in one.finished if run.phase is not None]
+    named = next((list(run.phase.after) for one in ranked for run in one.finished if run.phase is not None), [])
+    return [score for score in named if score not in (metric, "loss") and "/" not in score and all(score in one for one in found)][
+        :_FURTHER
+    ]
+
+
+def _unfinished(left: Sequence[Run]) -> Table:
+    lines = []
+    for run in left:
+        steps = max((int(log["step"]) for phase in run.phases for log in phase.logs), default=0)
+        said = run.error.splitlines()[0] if run.error else f"{steps} steps done" if steps else ""
+        lines.append((run.method, hyperparameters(Combination(run.method, run.parameters, (run,), "")), str(run.seed), run.state, said))
+    return Table("Not finished", ("method", "hyperparameters", "seed", "state", ""), tuple(lines), folded=len(lines) > 6)
+
+
+def _picture(best: Sequence[Combination], runs: Runs) -> Picture:
+    figure, (axes,) = panels(1, 1, 0.9 + 0.32 * len(best))
+    for place, one in enumerate(best):
+        scores, mean = list(one.scores.values()), fmean(one.scores.values())
+        axes.plot(scores, [place] * len(scores), "o", color=series(0), markersize=5, alpha=0.55, markeredgewidth=0)
+        axes.plot([mean, mean], [place - 0.28, place + 0.28], "-", color=INK.light, linewidth=2)
+        if one.std is not None:
+            axes.plot([mean - one.std, mean + one.std], [place, place], "-", color=MUTED.light, linewidth=1)
+    before = _mean([None if run.phase is None or run.phase.before is None else run.phase.before.get(runs.metric) for run in runs.finished])
+    if before is not None:
+        axes.axvline(before, color=MUTED.light, linestyle=":", linewidth=1, label="untrained student")
+        axes.legend(loc="lower right")
+    axes.set_yticks(range(len(best)), [one.method for one in best])
+    axes.set_ylim(len(best) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(runs.metric)
+    said = (
+        f"{runs.metric} of the best combination of each method: a dot for each seed, a bar at their mean, a line one standard deviation "
+        "either way."
+    )
+    return Picture("leaderboard", said, figure)
+
+
+def _starts(finished: Sequence[Run]) -> str:
+    """Whether students of one seed began with the same weights."""
+    of_seed: dict[int, set[str]] = {}
+    for run in finished:
+        if start := _start(run):
+            of_seed.setdefault(run.seed, set()).add(start)
+    if not of_seed:
+        return ""
+    if all(len(starts) == 1 for starts in of_seed.values()):
+        return "All students of one seed began with the same weights."
+    return "Students of one seed began with different weights: compare with care."
+
+
+def _start(run: Run) -> str | None:
+    """Hash of the weights that its first phase began with."""
+    result = run.phases[0].result if run.phases else None
+    return None if result is None else result.get("start")
+
+
+def _speed(run: Run) -> float | None:
+    return None if run.phase is None else _mean([log.get("tokens_per_second") for log in run.phase.logs])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
