@@ -98,7 +98,7 @@ def shard_items(store: Path, manifest: Manifest, commits: Iterable[Commit]) -> I
             for array in spec.arrays:
                 name = layout.array_name(spec.feature, array.name)
                 path = layout.slot_file(layout.array(store, commit.pass_name, name), commit.shard)
-                shard, seal = rows.shard(array, spec.feature.positions, commit.shard), commit.files.get(name)
+                shard, seal = rows.shard(array, spec.feature.positions, commit.shard, info.shape.vocab), commit.files.get(name)
                 if seal is None or not believable(shard, seal):
                     raise CorruptShard(
                         f"{path}: its commit does not say what it must be; mend it with: teacher-dump verify --repair {store}"

@@ -317,6 +317,8 @@ def _check_pass(name: str, info: PassInfo, rows: RowsInfo) -> None:
             raise ValueError(f"manifest: pass {name}: expected a key without a pass such as {key.of('')}, found {feature.key}")
         if key.layer is not None and key.layer > info.shape.layers:
             raise ValueError(f"manifest: pass {name}: {key} is of no block of a teacher of {info.shape.layers}")
+        if any(not 0 <= word < info.shape.vocab for word in feature.ids):
+            raise ValueError(f"manifest: pass {name}: {key}: expected ids below {info.shape.vocab}, found {max(feature.ids)}")
         _check_distinct(f"pass {name}: {key}", [array.name for array in feature.arrays])
         for array in feature.arrays:
             layout.array_name(key, array.name)

@@ -255,10 +255,10 @@ class Store:
         return sources
 
     def _files(self, key: FeatureKey, array: ArraySpec) -> ArrayFiles:
-        name = layout.array_name(key, array.name)
+        name, vocab = layout.array_name(key, array.name), self.manifest.passes[key.pass_name].shape.vocab
 
         def find(slot: int) -> tuple[Shard, Seal | None]:
-            return self.rows.shard(array, key.positions, slot), self._commits[key.pass_name][slot].files.get(name)
+            return self.rows.shard(array, key.positions, slot, vocab), self._commits[key.pass_name][slot].files.get(name)
 
         return self.rows.files.of(layout.array(self.path, key.pass_name, name), find, self._mend)
 

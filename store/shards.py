@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.blocks import compress, decompress
+from store.codecs.ids import unpack
 from store.features import ITEM_BYTES, ArraySpec
 from store.publish import Bytes, crc32c, publish
 
@@ -81,6 +82,8 @@ class Shard:
     units: int
     chunk: int = CHUNK
     """Units of an inner chunk."""
+    words: int | None = None
+    """Of an array of word ids the size of their vocabulary: every id is smaller."""
 
     @property
     def raw(self) -> bool:
@@ -155,6 +158,16 @@ class Shard:
         dtype = numpy_dtype(self.array)
         shape = (self.chunks, self.chunk, self.array.width)
         return np.ndarray(shape, dtype, file.data, 0, (self.stride, self.unit_bytes, dtype.itemsize))
+
+    def word_beyond(self, values_CW: NDArray[Any]) -> int | None:
+        """The first word id of a chunk that its vocabulary lacks; None where there is none, or it holds no word ids."""
+        if self.words is None:
+            return None
+        if self.array.bits is not None:
+            values_CW = unpack(values_CW, self.array.bits)
+        if int(values_CW.min()) >= 0 and int(values_CW.max()) < self.words:
+            return None
+        return int(values_CW[(values_CW < 0) | (values_CW >= self.words)][0])
 
     def decoded(self, chunk: bytes) -> NDArray[Any] | None:
         """The [C, W] of a compressed chunk (without its checksum); None where it does not hold that."""

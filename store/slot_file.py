@@ -87,11 +87,14 @@ class SlotFile:
         return bool(self._checked[chunk])
 
     def check(self, chunk: int) -> Bytes:
-        """The bytes of a chunk as they stand in the file, compared with their checksum; raises CorruptShard."""
+        """The bytes of a chunk as they stand in the file; raises CorruptShard where they fail their checksum, or hold words that do
+        not exist: readers look words up by them."""
         start, stop = self._bounds[chunk : chunk + 2].tolist()
         data = self._between(start, stop - CRC_BYTES)
         if crc32c(data) != self._checksums[chunk]:
             raise self._corrupt(f"chunk {chunk} fails its checksum")
+        if self.shard.words is not None and (word := self.shard.word_beyond(self._decoded(chunk, data))) is not None:
+            raise self._corrupt(f"chunk {chunk} holds the word {word}, expected ids below {self.shard.words}, the teacher's vocabulary")
         self._checked[chunk] = True
         return data
 
@@ -103,7 +106,9 @@ class SlotFile:
     def decode(self, chunk: int) -> NDArray[Any]:
         """The units of a whole chunk [C, W]."""
         start, stop = self._bounds[chunk : chunk + 2].tolist()
-        data = self._between(start, stop - CRC_BYTES) if self.checked(chunk) else self.check(chunk)
+        return self._decoded(chunk, self._between(start, stop - CRC_BYTES) if self.checked(chunk) else self.check(chunk))
+
+    def _decoded(self, chunk: int, data: Bytes) -> NDArray[Any]:
         if self.shard.raw:
             return self._values(data)
         values = self.shard.decoded(bytes(data))

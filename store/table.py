@@ -148,9 +148,10 @@ class RowTable:
         """Numbers of the rows in a slot, ascending."""
         return np.arange(self.first[slot], self.first[slot + 1])
 
-    def shard(self, array: ArraySpec, positions: str, slot: int) -> Shard:
-        """The bytes of ``slot`` in an array with values for ``positions``."""
-        return Shard(array, self.info.slot_tokens, int(self.slot_units(positions)[slot]), self.info.chunk(array, positions))
+    def shard(self, array: ArraySpec, positions: str, slot: int, vocab: int | None = None) -> Shard:
+        """The bytes of ``slot`` in an array with values for ``positions``; of features of a teacher with ``vocab`` words."""
+        words = vocab if array.name == "ids" else None
+        return Shard(array, self.info.slot_tokens, int(self.slot_units(positions)[slot]), self.info.chunk(array, positions), words)
 
     def slot_units(self, positions: str) -> Ints:
         """[slots] units of each slot in arrays with values for ``positions``."""

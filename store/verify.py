@@ -192,7 +192,7 @@ def _shard_looks(path: Path, manifest: Manifest, rows: RowTable, committed: Comm
                 file, seal = layout.slot_file(layout.array(path, name, place), shard), commit.files.get(place)
                 mend = f"run teacher-dump verify --repair {path}, then the dump again"
                 problem = partial(Problem, file, mend=mend, repairs=True, pass_name=name, shard=shard)
-                look = partial(_look, path, file, rows.shard(array, key.positions, shard), seal, full, problem)
+                look = partial(_look, path, file, rows.shard(array, key.positions, shard, info.shape.vocab), seal, full, problem)
                 yield _Look(seal.size if seal else 0, look)
 
 
