@@ -3,7 +3,7 @@
 Runs in one process (rank 0 of several), without autocast, on masking copy 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from online.batch import Features
+from online.batch import Batch, Features
 from online.capture import Capture
 from online.collate import collate
 from online.models import forward
 from online.teacher import Teacher, Teachers
+from store.features import FeatureKey
 from store.filters import Where
 from store.pool import pools
 from store.reader import Store
@@ -92,19 +93,12 @@ def answered(bundle: Bundle, metrics: Sequence[str], held_out: Sequence[HeldOut]
 @torch.no_grad()
 def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> tuple[dict[str, float], Columns]:
     shape = bundle.loaded.shape
-    device = next(bundle.student.parameters()).device
     methods = bundle.taking_part(data.taught)
     keys = student_keys(metrics, shape).union(*(method.student_keys for method in methods.values()))
     gathered: dict[str, list[Tensor]] = {column: [] for name in metrics for column in METRICS[name].columns}
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    for rows in batches(data):
-        batch = collate(data.store, rows).to(device)
-        teacher: Features = {} if data.teacher is None else data.teacher.features(batch, data.teacher.fetch(rows))
-        batch, teacher = translated(bundle.loaded, batch, teacher)
-        with Capture(bundle.loaded, keys) as capture:
-            forward(bundle.loaded, batch)
-        student = capture.features(batch)
+    for batch, student, teacher in looks(bundle, keys, data):
         compared = {key.of(""): value for key, value in teacher.items() if key.pass_name == data.compared}
         for column, parts in gathered.items():
             parts.append(COLUMNS[column].gather(student, compared, batch, shape).double().cpu())
@@ -117,6 +111,18 @@ def _scores(bundle: Bundle, metrics: Sequence[str], data: HeldOut) -> tuple[dict
     scores = {name: METRICS[name].compute(*(columns[column] for column in METRICS[name].columns)) for name in metrics}
     terms = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
     return {**scores, **({"loss": sum(terms.values())} if terms else {}), **terms}, columns
+
+
+def looks(bundle: Bundle, keys: Iterable[FeatureKey], data: HeldOut) -> Iterator[tuple[Batch, Features, Features]]:
+    """Batch after batch of ``data``, what the student, as it is, has of ``keys``, and what the teachers answer, under their names."""
+    device = next(bundle.student.parameters()).device
+    for rows in batches(data):
+        batch = collate(data.store, rows).to(device)
+        teacher: Features = {} if data.teacher is None else data.teacher.features(batch, data.teacher.fetch(rows))
+        batch, teacher = translated(bundle.loaded, batch, teacher)
+        with Capture(bundle.loaded, keys) as capture:
+            forward(bundle.loaded, batch)
+        yield batch, capture.features(batch), teacher
 
 
 def batches(data: HeldOut) -> Iterator[NDArray[np.int64]]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from online.fingerprints import tokenizer_fingerprint
-from online.models import load_config, load_tokenizer, model_shape
-from store.errors import FingerprintMismatch, MissingFeature, StoreError
+from online.models import load_config, model_shape
+from store.errors import MissingFeature, StoreError
 from store.features import FeatureKey
 from store.manifest import Manifest, Task
 from store.reader import Store
@@ -19,14 +18,16 @@ from store.strict import did_you_mean
 from store.together import PassName, check_same_teacher, names
 from student_train.blocks import Source
 from student_train.blueprint import LABELLED_HEADS, Blueprint, continued_blueprint, derived_blueprint, folder_blueprint
+from student_train.fit import check_rows
 from student_train.importance import Look
 from student_train.interventions import check_interventions
-from student_train.learnable import check_domains, check_meta, label_problem, unlearnable
+from student_train.learnable import check_domains, check_meta, unlearnable
 from student_train.live import check_live, live_shapes
 from student_train.methods import method_class, parse_method
 from student_train.methods.base import SAME_AS_INIT, Method
 from student_train.metrics import METRICS, check_metric, teacher_keys
 from student_train.output import student_folder
+from student_train.probe_plan import ProbePlan, probe_plan
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.vocabulary import as_seen, check_words, compressed
 
@@ -66,6 +67,8 @@ class Outline:
     """What is read of each pass, for training and for measuring."""
     measured: Keys
     """What metrics read of the teacher that they compare with."""
+    probe: ProbePlan | None = None
+    """What is measured as it trains."""
 
     def parse(self, spec: MethodSpec) -> Method:
         """One of its methods anew; their first parameters are random."""
@@ -92,7 +95,7 @@ def outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders | None = Non
 
 def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline:
     read = (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else []))
-    manifests = {data.store: _manifest(data.store, folders) for data in read}
+    manifests = {data.store: _manifest(data.store, folders) for data in phase.read}
     live = live_shapes(phase.live)
     shapes = {data: live or _teacher_shapes(data, manifests[data.store], folders) for data in read}
     blueprint = _blueprint(recipe, phase, folders)
@@ -115,11 +118,18 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
             of_methods = keys.get(name, frozenset()) if data in taught_by else frozenset()
             of_metrics = measured if data in phase.evaluate and name == phase.compared(data) else frozenset()
             _add(passes, data.store, pass_name, of_methods | of_metrics)
+    probe = None
+    if (probed := phase.probed) is not None:
+        manifest = manifests[probed.store]
+        answers = as_seen(live or _teacher_shapes(probed, manifest, folders), blueprint)
+        probe = probe_plan(phase, student, answers.get(phase.compared(probed)), None if manifest is None else manifest.rows)
+        if probed.compared_pass is not None:
+            _add(passes, probed.store, probed.compared_pass, probe.teacher_keys)
     if blueprint.look is not None:
         _add(passes, blueprint.look.store, blueprint.look.pass_name, blueprint.reads)
     for store, manifest in manifests.items():
         if manifest is not None:
-            _check_rows(phase, blueprint, store, manifest)
+            check_rows(phase.read, blueprint, store, manifest)
             for teacher in phase.live.values():
                 check_live(teacher, manifest.rows, str(store))
     for spec, method in methods:
@@ -146,7 +156,7 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
     check_interventions(phase, methods, {data: manifests[data.store] for data in read if data in taught_by}, bool(measured))
     held_out = manifests.get(phase.meta.store) if phase.meta else None
     check_meta(phase, methods, student, held_out.rows if held_out else None)
-    return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes, measured)
+    return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes, measured, probe)
 
 
 def folder_head(folder: Path) -> Head:
@@ -321,22 +331,3 @@ def _measured(
 def _add(passes: Passes, store: Path, pass_name: PassName, keys: Keys) -> None:
     if keys:
         passes[store, pass_name] = passes.get((store, pass_name), frozenset()) | keys
-
-
-def _check_rows(phase: PhaseSpec, blueprint: Blueprint, store: Path, manifest: Manifest) -> None:
-    """The store's rows must be of the student's tokenizer, and its labels must have outputs."""
-    rows, shape = manifest.rows, blueprint.shape
-    for data in (*phase.data, *phase.evaluate, *([phase.meta] if phase.meta else [])):
-        if data.store == store and data.split not in rows.splits:
-            raise ValueError(f"{store} has no split {data.split!r}{did_you_mean(data.split, sorted(rows.splits))}")
-    if problem := label_problem(shape, rows.task):
-        raise ValueError(f"the student has {shape.labels} outputs, the labels of {store} {problem}")
-    found = tokenizer_fingerprint(load_tokenizer(blueprint.tokenizer))
-    if found != rows.tokenizer:
-        raise FingerprintMismatch(
-            f"{store} was built with another tokenizer than the student's ({blueprint.tokenizer.tokenizer or blueprint.tokenizer.model}): "
-            f"rows.tokenizer is {rows.tokenizer[:12]}, expected {found[:12]}; build rows with this tokenizer (teacher-dump rows), "
-            "or start the student from the store's teacher. Without a common tokenizer students "
-            "learn from text that the teacher has written (teacher-dump generate) and from "
-            "its task logits (teacher-dump graft): docs/causal.md"
-        )

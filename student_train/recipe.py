@@ -14,6 +14,7 @@ from store.strict import Strict, did_you_mean
 from store.together import PassName
 from student_train.adapters import LoraSpec
 from student_train.live import LiveSpec, Online, teacher_kind
+from student_train.methods.base import LayerMap
 from student_train.schedule import Scheduled
 from student_train.zero import Zero
 
@@ -89,6 +90,23 @@ class DataSpec(Strict):
         if self.where is not None and self.pass_name is None and (self.where.entropy or self.where.confidence):
             raise ValueError("where: entropy and confidence are those of a teacher: give its pass_name")
         return self
+
+
+class ProbeSpec(Strict):
+    """What a phase measures of the distance of student and teacher as it trains, without learning from it (docs/probes.md)."""
+
+    data: DataSpec | None = None
+    """Where the rows and the teacher's answers are; by default the first of the phase's ``evaluate`` and ``data`` with a teacher."""
+    rows: int = Field(default=64, ge=1)
+    """Measure on the first so many rows of the split."""
+    every: int | None = Field(default=None, ge=1)
+    """Measure every so many optimiser steps, beside those before the first, after the last and at every evaluation."""
+    distances: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of student_train.distances.DISTANCES; by default all that the two models allow."""
+    layers: LayerMap = "uniform"
+    """Which teacher block each student block is compared with."""
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0, 5.0, 10.0, 15.0, 20.0), min_length=1)
+    """Of the softmax in ``soft`` and ``words``."""
 
 
 class ImportantLayers(Strict):
@@ -225,10 +243,24 @@ class PhaseSpec(Strict):
     """Stop after this many evaluations without a better ``best`` metric."""
     gradient_norms: int | None = Field(default=None, ge=1)
     """Log every so many steps the norm of the gradient in each block of the student, and in the whole of it for each loss term."""
+    probe: ProbeSpec | None = None
+    """Record how far the student is from its teacher, feature by feature, as it trains."""
     best: str | None = None
     """Metric that picks the exported weights; a leading minus means lower is better. None exports the last."""
     trainer: dict[str, object] = Field(default_factory=dict)
     """Further arguments of transformers.TrainingArguments, such as learning_rate."""
+
+    @property
+    def probed(self) -> DataSpec | None:
+        """Where the probe's rows are; None without a probe."""
+        if self.probe is None or self.probe.data is not None:
+            return self.probe and self.probe.data
+        return next((data for data in (*self.evaluate, *self.data) if data.answers), self.data[0])
+
+    @property
+    def read(self) -> tuple[DataSpec, ...]:
+        """All data that the phase reads; what the probe reads is last."""
+        return (*self.data, *self.evaluate, *([self.meta] if self.meta else []), *([self.probed] if self.probed else []))
 
     @property
     def live(self) -> dict[str, LiveSpec]:
@@ -251,8 +283,7 @@ class PhaseSpec(Strict):
             raise ValueError(f"phase {self.name!r}: best needs evaluate")
         if self.patience is not None and self.best is None:
             raise ValueError(f"phase {self.name!r}: patience needs best, the metric to watch")
-        read = (*self.data, *self.evaluate, *([self.meta] if self.meta else []))
-        if self.live and any(data.answers for data in read):
+        if self.live and any(data.answers for data in self.read):
             raise ValueError(f"phase {self.name!r}: its teacher is online, and its data rows alone: leave out pass_name and teachers")
         if self.teacher == "store" and not any(data.answers for data in self.data):
             raise ValueError(f"phase {self.name!r} learns from a teacher: give its data a pass_name, or the phase 'teacher: none'")

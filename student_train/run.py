@@ -19,7 +19,7 @@ from store.features import FeatureKey
 from store.manifest import Provenance
 from store.provenance import provenance
 from store.reader import Store
-from store.together import PassName, names
+from store.together import PassName
 from student_train.adapters import merge
 from student_train.arguments import training_arguments
 from student_train.bundle import Bundle
@@ -32,6 +32,7 @@ from student_train.init import build, check_start
 from student_train.live import answering, load_live, takes_all_ranks
 from student_train.methods.base import Method
 from student_train.moment import START
+from student_train.origins import data_lines, teacher_lines
 from student_train.outline import Keys, Outline, outline, score_names
 from student_train.output import (
     ADAPTER,
@@ -48,6 +49,7 @@ from student_train.output import (
     write_start,
 )
 from student_train.predictions import write_predictions
+from student_train.probe import Probe
 from student_train.recipe import DataSpec, MethodSpec, PhaseSpec, TrainRecipe
 from student_train.teacher import StoredTeacher
 from student_train.train import micro_batches, train
@@ -187,7 +189,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             )
         bundle = Bundle(start.student, _methods(one, recipe.seed))
         carried = carry(bundle, recipe)
-        patience = {data.store: data.follow for data in (*([phase.meta] if phase.meta else []), *phase.evaluate, *phase.data)}
+        patience = {data.store: data.follow for data in (*phase.read[len(phase.data) :], *phase.data)}
         stores = {place: Store.open(place, follow=seconds or 0.0) for place, seconds in patience.items()}
         for store in stores.values():
             check_length(start.student, store.rows.longest)
@@ -200,6 +202,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         bundle.attach(live)
         bundle.survey(lambda: survey(sources))
         held_out = [_held_out(one, data, stores[data.store], live) for data in phase.evaluate]
+        probe = _probe(one, stores, live)
         bundle.to(device)
 
         def measure() -> dict[str, float]:
@@ -211,15 +214,15 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
         if _first():
             write_start(recipe, phase, before)
         try:
-            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta, together=together)
+            result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta, probe, together=together)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
         after, answers = answered(bundle, phase.metrics, held_out) if _first() or together else ({}, [])
-        teacher_lines = _teacher_lines(one, stores, live)
+        taught_by = teacher_lines(one, stores, live)
         if _first():
             left = [f"{name}: its parameters do not reach this folder" for name in dropped(bundle)]
             notices = (*start.notices, *(f"{name} went on from phase {earlier}" for name, earlier in carried.items()), *left)
-            lineage = Lineage(phase, recipe.seed, teacher_lines, _data_lines(phase, stores), notices, made, recipe.card)
+            lineage = Lineage(phase, recipe.seed, taught_by, data_lines(phase, stores), notices, made, recipe.card)
             if phase.student.lora is not None:
                 merge(start.student, phase.student.lora, folder / ADAPTER)
             export(start.student, lineage, before, after, student_folder(recipe, phase.name))
@@ -306,36 +309,20 @@ def _held_out(one: Outline, data: DataSpec, store: Store, live: Models) -> HeldO
     return HeldOut(store, rows, teacher, data in one.taught, score_names(one.phase)[data], compared)
 
 
+def _probe(one: Outline, stores: Mapping[Path, Store], live: Models) -> Probe | None:
+    if one.probe is None:
+        return None
+    data, compared = one.probe.data, one.phase.compared(one.probe.data)
+    rows = held_out_rows(stores[data.store], data.split, one.probe.rows, data.where, data.compared_pass)
+    teacher = _teacher(one, stores[data.store], data, {compared: one.probe.teacher_keys}, live)
+    return Probe(one.probe, HeldOut(stores[data.store], rows, teacher, False, "", compared))
+
+
 def _device(phase: PhaseSpec) -> torch.device:
     """Where this process trains."""
     if torch.cuda.is_available() and not phase.trainer.get("use_cpu"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def _teacher_lines(one: Outline, stores: dict[Path, Store], live: Models) -> list[str]:
-    if live:
-        return [
-            f"at work in the job: `{spec.model}`, {live[name].shape.family} with {live[name].shape.layers} blocks, "
-            f"weights `{live[name].fingerprint[:16]}`"
-            for name, spec in one.phase.live.items()
-        ]
-    passes = {(data.store, passes) for data in one.phase.data if data in one.taught for passes in data.answers.values()}
-    lines = []
-    for path, name in sorted(passes, key=str):
-        info = stores[path].manifest.passes[names(name)[0]]
-        of = f"{'pass' if isinstance(name, str) else 'passes'} {', '.join(f'`{one}`' for one in names(name))} of `{path}`"
-        lines.append(f"{of}: `{info.model}`, {info.shape.family} with {info.shape.layers} blocks, weights `{info.teacher[:16]}`")
-    return lines
-
-
-def _data_lines(phase: PhaseSpec, stores: dict[Path, Store]) -> list[str]:
-    lines = []
-    for use, specs in (("trained on", phase.data), ("measured on", phase.evaluate)):
-        for data in specs:
-            rows = stores[data.store].manifest.rows
-            lines.append(f"{use} split `{data.split}` of `{data.store}`: {rows.splits[data.split]:,} rows, corpus `{rows.corpus[:16]}`")
-    return lines
 
 
 def _first() -> bool:

@@ -27,6 +27,8 @@ from student_train.lost import ending_together
 from student_train.moment import Moment
 from student_train.output import CHECKPOINTS
 from student_train.patience import out_of_patience
+from student_train.probe import Probe, Probing
+from student_train.probe_table import PROBE_JOURNAL, write_probe
 from student_train.progress import Progress
 from student_train.recipe import PhaseSpec
 from student_train.reporters import reporters
@@ -59,6 +61,7 @@ def train(
     seed: int,
     evaluate: Callable[[], dict[str, float]] | None = None,
     meta: Source | None = None,
+    probe: Probe | None = None,
     *,
     together: bool = False,
 ) -> TrainResult:
@@ -67,8 +70,8 @@ def train(
     Checkpoints go to ``output/checkpoints``, curves to ``output/metrics.jsonl`` (and, when training ends, ``metrics.parquet``) and
     ``output/tensorboard``. Where ``output`` holds a whole checkpoint of this run, training goes on from it with the same losses.
     ``evaluate`` is called on rank 0, with the bundle in eval mode; on all ranks where ``together``, or where the student lies in
-    parts. ``phase.best`` names
-    one of the metrics it returns.
+    parts. ``phase.best`` names one of the metrics it returns. What ``probe`` sees goes to ``output/probe.jsonl`` and, when training ends,
+    ``probe.parquet``.
 
     Raises:
         ValueError: a trainer argument, batch size or metric that does not fit, a checkpoint of other settings, or a loss
@@ -117,8 +120,11 @@ def train(
     progress = Progress()
     if trainer.pop_callback(ProgressCallback):  # absent under disable_tqdm
         trainer.add_callback(progress)
+    kept = -1 if resumed is None else step
     if ranks.number == 0:
-        trainer.journal = Journal(output / JOURNAL, -1 if resumed is None else step)
+        trainer.journal = Journal(output / JOURNAL, kept)
+    if probe is not None:
+        trainer.add_callback(Probing(trainer, probe, Journal(output / PROBE_JOURNAL, kept) if ranks.number == 0 else None))
     set_seed(seed + ranks.number)  # every rank its own dropout
     try:
         with ending_together(ranks.count):
@@ -129,6 +135,8 @@ def train(
     finally:
         if ranks.number == 0:
             write_curves(output)
+            if probe is not None:
+                write_probe(output)
         progress.close()
         lending.forget()
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

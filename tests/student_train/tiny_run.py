@@ -34,8 +34,11 @@ from store.shape import Head
 from store.writer import StoreWriter
 from student_train.bundle import Bundle
 from student_train.data import Source, survey
+from student_train.evaluate import HeldOut, held_out_rows
 from student_train.methods import METHODS, parse_method
 from student_train.methods.base import Method, Terms
+from student_train.probe import Probe
+from student_train.probe_plan import probe_plan
 from student_train.recipe import MethodSpec, PhaseSpec
 from student_train.teacher import StoredTeacher
 from student_train.train import TrainResult, train
@@ -185,11 +188,12 @@ def run(
     seed: int = 3,
     rows: dict[str, Any] | None = None,
     pass_name: str = "bert",
+    probe: dict[str, Any] | None = None,
     **changes: object,
 ) -> tuple[Bundle, TrainResult]:
     """Train a fresh two-layer student from ``stores``; those with ``pass_name`` teach. ``rows`` says which and in what order.
 
-    A method for several teachers gets the one pass as two of them, ``small`` and ``large``.
+    A method for several teachers gets the one pass as two of them, ``small`` and ``large``. ``probe`` looks at rows of the first store.
     """
     opened = [Store.open(path) for path in stores]
     pass_names = [pass_name if pass_name in store.manifest.passes else None for store in opened]
@@ -214,8 +218,13 @@ def run(
         Source(store, teacher, pass_name=name, **(rows or {})) for store, teacher, name in zip(opened, teachers, pass_names, strict=True)
     ]
     bundle.survey(lambda: survey(sources))
-    plan = phase(pass_names, methods, **changes)
-    return bundle, train(bundle, sources, plan, output, seed, None if evaluate is None else lambda: evaluate(bundle))
+    plan = phase(pass_names, methods, probe=probe, **changes)
+    looking = None
+    if probe is not None:
+        probed = probe_plan(plan, student.shape, teacher_shape, opened[0].manifest.rows)
+        answers = StoredTeacher(opened[0], pass_name, probed.teacher_keys)
+        looking = Probe(probed, HeldOut(opened[0], held_out_rows(opened[0], "train", probed.rows), answers, False, ""))
+    return bundle, train(bundle, sources, plan, output, seed, None if evaluate is None else lambda: evaluate(bundle), probe=looking)
 
 
 def main(runs: str) -> None:
