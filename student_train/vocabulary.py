@@ -162,8 +162,11 @@ def check_verbalisers(student: LoadedModel, store: Store) -> None:
         )
 
 
-def count(data: Sequence[DataSpec], words: int) -> NDArray[np.int64]:
+def count(data: Sequence[DataSpec], words: int, most: int | None = None) -> NDArray[np.int64]:
     """[V] how often each word stands in the rows of ``data``, masked ones as what they were; of several maskings of a text in the first.
+
+    Args:
+        most: Count the first so many rows of each of ``data`` (groups, where rows are read together); None: all.
 
     Raises:
         ValueError: an id that is none of the ``words``.
@@ -172,8 +175,9 @@ def count(data: Sequence[DataSpec], words: int) -> NDArray[np.int64]:
     for one in data:
         store = Store.open(one.store)
         pool = pools(store, one.split, one.where, one.compared_pass)[0]
-        for first in range(0, len(pool), _ROWS):
-            packed = store.all_tokens(pool.take(np.arange(first, min(first + _ROWS, len(pool)))))
+        end = len(pool) if most is None else min(most, len(pool))
+        for first in range(0, end, _ROWS):
+            packed = store.all_tokens(pool.take(np.arange(first, min(first + _ROWS, end))))
             ids = packed["input_ids"]
             if store.manifest.rows.objective == "mlm":
                 labels = packed["token_labels"]

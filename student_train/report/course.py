@@ -10,6 +10,7 @@ from math import ceil
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from student_train.report.colours import dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
@@ -71,7 +72,8 @@ def _components(shown: Sequence[Combination]) -> Picture | None:
     for axis, (one, names) in zip(axes, drawn, strict=False):
         lines = {name.partition("/")[2] if len(_methods(names)) == 1 else name: _scored(one, name) for name in names}
         _lines(axis, lines, one.method)
-        axis.set_yscale("log" if all(value > 0 for line in lines.values() for value in line.values) else "linear")
+        if all(value > 0 for line in lines.values() for value in line.values):
+            _logarithmic(axis)
         axis.legend()
     return Picture("course-2", "Loss components in training: each term of the loss by method.", figure)
 
@@ -99,7 +101,7 @@ def _norms(shown: Sequence[Combination]) -> Picture | None:
     tracked = any(line.steps for line in shares.values())
     figure, axes = panels(1, 2 if tracked else 1, 2.4)
     _lines(axes[0], whole, "Norm of the gradient")
-    axes[0].set_yscale("log")
+    _logarithmic(axes[0])
     caption = "Norm of the gradient before clipping."
     if tracked:
         _lines(axes[1], shares, "First block / last block")
@@ -141,6 +143,14 @@ def _lines(axes: Axes, lines: Mapping[str, Curve], title: str) -> None:
             marker = "o" if len(line.steps) == 1 else ""
             axes.plot(line.steps, line.values, color=series(number), linestyle=dash(number), label=label, marker=marker, markersize=4)
     axes.set(title=title, xlabel="step")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis whose ticks 1, 2, 5, 10 are also there, and legible, within a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -127,7 +127,7 @@ def maps(name: str, found: Sequence[Checkpoints], against: Sequence[Target], kin
         for panel, target in zip(panels[number], against, strict=True):
             mesh = draw(panel, cells(name, found, target, kinds), rows, columns, f"{name}, {target.name}" if number == 0 else "")
             panel.tick_params(labelleft=panel is panels[number][0])
-            if kinds != SOFT:
+            if not set(kinds) <= set(SOFT):
                 panel.set_xlabel("layer: student·teacher (0: embedding)")
     figure.colorbar(mesh, ax=list(panels[:, -1]), shrink=min(1.0, 1.6 / figure.get_figheight()), ticks=[-1, 0, 1]).outline.set_visible(
         False
@@ -154,16 +154,16 @@ def _pictures(found: Sequence[Checkpoints], runs: Runs, suffix: str) -> list[Pic
             Picture(
                 f"gkd-4-methods{suffix}",
                 "Spearman coefficients method by method: the mean over runs, layers and temperatures of a kind of distance.",
-                by_method(found, against),
+                by_method(found, against, (*ROWS, *SOFT)),
             )
         )
     return pictures
 
 
-def by_method(found: Sequence[Checkpoints], against: Sequence[Target]) -> Figure:
-    """Spearman's coefficients with a column for each method, the mean over layers and temperatures of each kind of distance."""
+def by_method(found: Sequence[Checkpoints], against: Sequence[Target], among: Sequence[str]) -> Figure:
+    """Spearman's coefficients with a column for each method, the mean over layers and temperatures of each kind of distance ``among``."""
     methods = list(dict.fromkeys(one.run.method for one in found))
-    kinds = [kind for kind in (*ROWS, *SOFT) if any(distance.distance == kind for one in found for distance in one.distances)]
+    kinds = [kind for kind in among if any(distance.distance == kind for one in found for distance in one.distances)]
     figure = Figure(figsize=(WIDTH, len(kinds) * ROW + 1.2), layout="constrained")
     panels = figure.subplots(1, len(against), squeeze=False)[0]
     for panel, target in zip(panels, against, strict=True):

@@ -13,11 +13,12 @@ from student_train.report.runs import Runs
 from student_train.report.section import Picture, Section
 
 WORDS = "l_sp"
+OTHERS = tuple(kind for kind in SOFT if kind != WORDS)
 
 
 def glmd_distances(runs: Runs) -> Section | None:
     """The section; None where no probe looked at L_sp and at another distance."""
-    found = [one for one in probed(runs) if _word_loss(one) is not None and axes_of([one], (*ROWS, *SOFT[:2]))[0]]
+    found = [one for one in probed(runs) if _word_loss(one) is not None and axes_of([one], (*ROWS, *OTHERS))[0]]
     if not found:
         return None
     text = (
@@ -50,10 +51,10 @@ def _pictures(found: Sequence[Checkpoints]) -> list[Picture]:
         Picture(
             "glmd-2",
             f"Spearman coefficients of distances with {target.name}, layer by layer: {count}.",
-            maps("Spearman", found, [target], (ROWS, SOFT[:2])),
+            maps("Spearman", found, [target], (ROWS, OTHERS)),
         )
     ]
     if len({one.run.method for one in found}) > 1:
         caption = "The same method by method: the mean over runs, layers and temperatures of a kind of distance."
-        pictures.append(Picture("glmd-3", caption, by_method(found, [target])))
+        pictures.append(Picture("glmd-3", caption, by_method(found, [target], (*ROWS, *OTHERS))))
     return pictures
