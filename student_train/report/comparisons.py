@@ -5,6 +5,7 @@ Shapes: N pairs of seeds, R held-out rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations as pairs_of
 
 import numpy as np
@@ -18,6 +19,7 @@ from student_train.report.section import Picture, Section, Table
 from student_train.report.statistics import Interval, bootstrap, holm, paired_p, spans_zero
 
 ALPHA = 0.05
+_OfRows = dict[int, tuple[tuple[str, str, bytes], Array]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,13 @@ class Comparison:
         return self.corrected is not None and self.corrected < ALPHA and interval is not None and not spans_zero(interval)
 
 
+@lru_cache(maxsize=1)
 def compare(runs: Runs) -> list[Comparison]:
     """All pairs of methods, each with its best combination; the better one of each pair comes first."""
     best = best_of_methods(runs)
-    found = [_compare(one, other, runs.metric) for one, other in pairs_of(best, 2) if one.scores.keys() & other.scores.keys()]
+    of_rows = {one.method: _of_rows(one, runs.metric) for one in best}
+    pairs = [(one, other) for one, other in pairs_of(best, 2) if one.scores.keys() & other.scores.keys()]
+    found = [_compare(one, other, of_rows[one.method], of_rows[other.method]) for one, other in pairs]
     tested = [place for place, comparison in enumerate(found) if comparison.p is not None]
     corrected: dict[int, float] = dict(zip(tested, holm([p for one in found if (p := one.p) is not None]), strict=True))
     return [replace(one, corrected=corrected.get(place)) for place, one in enumerate(found)]
@@ -84,13 +89,15 @@ def comparisons(runs: Runs) -> Section | None:
     return Section("Comparisons", text, tuple(tables), (_picture(with_first, runs),))
 
 
-def _compare(one: Combination, other: Combination, metric: str) -> Comparison:
+def _compare(one: Combination, other: Combination, rows_of_one: _OfRows, rows_of_other: _OfRows) -> Comparison:
     seeds = sorted(one.scores.keys() & other.scores.keys())
     one_N, other_N = (np.array([side.scores[seed] for seed in seeds]) for side in (one, other))
-    of_rows = _of_rows(one, seeds, metric), _of_rows(other, seeds, metric)
     over_rows, rows = None, 0
-    if of_rows[0] is not None and of_rows[1] is not None and of_rows[0][0] == of_rows[1][0]:
-        over_rows, rows = bootstrap(of_rows[0][1], of_rows[1][1]), len(of_rows[0][1])
+    if all(seed in known for seed in seeds for known in (rows_of_one, rows_of_other)):
+        which = {known[seed][0] for seed in seeds for known in (rows_of_one, rows_of_other)}
+        one_R, other_R = (np.mean([known[seed][1] for seed in seeds], axis=0) for known in (rows_of_one, rows_of_other))
+        if len(which) == 1:
+            over_rows, rows = bootstrap(one_R, other_R), len(one_R)
     return Comparison(
         one.method,
         other.method,
@@ -104,19 +111,14 @@ def _compare(one: Combination, other: Combination, metric: str) -> Comparison:
     )
 
 
-def _of_rows(one: Combination, seeds: Sequence[int], metric: str) -> tuple[object, Array] | None:
-    """Which rows, and [R] what the score is the mean of, mean over ``seeds``; None where it isn't known of all of them."""
-    found, which = [], set()
-    for run in one.runs:
-        if run.seed not in seeds or run.phase is None:
-            continue
-        answers = read_answers(run.phase)
-        values = row_values(answers[0], metric) if len(answers) == 1 else None
-        if values is None:
-            return None
-        found.append(values)
-        which.add((str(answers[0].store), answers[0].split, answers[0].rows.tobytes()))
-    return (which.pop(), np.mean(found, axis=0)) if len(which) == 1 else None
+def _of_rows(one: Combination, metric: str) -> _OfRows:
+    """Of each seed whose answers to one split were kept: which rows, and [R] what the score is the mean of."""
+    found: _OfRows = {}
+    for run in one.finished:
+        answers = [] if run.phase is None else read_answers(run.phase)
+        if len(answers) == 1 and (values := row_values(answers[0], metric)) is not None:
+            found[run.seed] = (str(answers[0].store), answers[0].split, answers[0].rows.tobytes()), values
+    return found
 
 
 def _table(name: str, found: Sequence[Comparison], note: str, *, folded: bool = False) -> Table:
@@ -166,5 +168,5 @@ def _picture(found: Sequence[Comparison], runs: Runs) -> Picture:
     axes.set_xlabel(f"{runs.metric} of {found[0].one} less that of the method")
     handles, labels = axes.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
-    axes.legend(named.values(), named.keys(), loc="lower right", ncols=2)
+    axes.legend(named.values(), named.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return Picture("comparisons", f"95 % bootstrap intervals of the difference between {found[0].one} and each other method.", figure)

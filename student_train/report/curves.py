@@ -164,5 +164,5 @@ def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None]) -
         if place + columns >= count:
             one.set_xlabel("step")
         known |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 6))
+    figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), METHODS))
     return Picture(name, said, figure)

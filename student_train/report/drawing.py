@@ -82,9 +82,9 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r">\s+<", "><", text).replace("<svg ", f'<svg role="img" aria-labelledby="{name}" ', 1)
 
 
-def svg_file(figure: Figure, name: str) -> str:
-    """The same as a file of its own, which knows both variants of its colours."""
-    first, rest = svg(figure, name).split(">", 1)
+def svg_file(drawn: str) -> str:
+    """What ``svg`` gave as a file of its own, which knows both variants of its colours."""
+    first, rest = drawn.split(">", 1)
     css = f"svg {{ {light()} font-family: system-ui, sans-serif; }}\n@media (prefers-color-scheme: dark) {{ svg {{ {dark()} }} }}"
     return f'<?xml version="1.0" encoding="utf-8"?>\n{first}>\n<style>{css}</style>{rest}\n'
 

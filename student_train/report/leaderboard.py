@@ -110,10 +110,6 @@ def _picture(best: Sequence[Combination], runs: Runs) -> Picture:
         axes.plot([mean, mean], [place - 0.28, place + 0.28], "-", color=INK.light, linewidth=2)
         if one.std is not None:
             axes.plot([mean - one.std, mean + one.std], [place, place], "-", color=MUTED.light, linewidth=1)
-    before = _mean([None if run.phase is None or run.phase.before is None else run.phase.before.get(runs.metric) for run in runs.finished])
-    if before is not None:
-        axes.axvline(before, color=MUTED.light, linestyle=":", linewidth=1, label="untrained student")
-        axes.legend(loc="lower right")
     axes.set_yticks(range(len(best)), [one.method for one in best])
     axes.set_ylim(len(best) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

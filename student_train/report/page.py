@@ -1,10 +1,10 @@
 """A report as one HTML page that needs nothing else: no scripts but one line for the button, no fonts, no links to other machines."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-from student_train.report.drawing import dark, light, svg
+from student_train.report.drawing import dark, light
 from student_train.report.section import Picture, Section, Table
 
 _NUMBER = re.compile(
@@ -59,8 +59,12 @@ _BUTTON = (
 )
 
 
-def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """The page; all text is escaped."""
+def page(title: str, lead: str, sections: Sequence[Section], footer: str, drawn: Mapping[str, str]) -> str:
+    """The page; all text is escaped.
+
+    Args:
+        drawn: Name of each picture -> its ``<svg>`` element.
+    """
     links = "".join(f'<li><a href="#{_anchor(one.title)}">{escape(one.title)}</a></li>' for one in sections)
     return f"""<!doctype html>
 <html lang="en">
@@ -80,7 +84,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
 <header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>
 <nav aria-label="Sections"><ul>{links}<li>{_BUTTON}</li></ul></nav>
 <main>
-{"".join(map(_section, sections))}
+{"".join(_section(one, drawn) for one in sections)}
 </main>
 <footer><p>{escape(footer)}</p></footer>
 </body>
@@ -88,14 +92,14 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
 """
 
 
-def _section(one: Section) -> str:
+def _section(one: Section, drawn: Mapping[str, str]) -> str:
     paragraphs = "".join(f"<p>{escape(text)}</p>\n" for text in one.text)
-    inside = "".join(map(_picture, one.pictures)) + "".join(map(_table, one.tables))
+    inside = "".join(_picture(picture, drawn[picture.name]) for picture in one.pictures) + "".join(map(_table, one.tables))
     return f'<section>\n<h2 id="{_anchor(one.title)}">{escape(one.title)}</h2>\n{paragraphs}{inside}</section>\n'
 
 
-def _picture(one: Picture) -> str:
-    return f'<figure>{svg(one.figure, one.name)}<figcaption id="{one.name}">{escape(one.caption)}</figcaption></figure>\n'
+def _picture(one: Picture, drawn: str) -> str:
+    return f'<figure>{drawn}<figcaption id="{one.name}">{escape(one.caption)}</figcaption></figure>\n'
 
 
 def _table(one: Table) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from store.publish import make_folder, replace
-from student_train.report.drawing import style, svg_file
+from student_train.report.drawing import style, svg, svg_file
 from student_train.report.markdown import PICTURES, markdown
 from student_train.report.page import page
 from student_train.report.runs import Runs
@@ -27,20 +27,19 @@ def write_report(runs: Runs, folder: Path) -> Path:
         raise ValueError(f"--save: expected an earlier report, a folder that is empty or nothing, found something else at {folder}")
     with style():
         sections = [section for make in SECTIONS if (section := make(runs)) is not None]
-        drawn = {picture.name: svg_file(picture.figure, picture.name) for section in sections for picture in section.pictures}
-        about = _title(runs), _lead(runs), sections, _footer(runs)
-        html = page(*about)
+        drawn = {picture.name: svg(picture.figure, picture.name) for section in sections for picture in section.pictures}
+    about = _title(runs), _lead(runs), sections, _footer(runs)
     make_folder(folder / PICTURES)
     for old in (folder / PICTURES).glob("*.svg"):
         old.unlink()
     for name, text in drawn.items():
-        replace(folder / PICTURES / f"{name}.svg", text.encode())
+        replace(folder / PICTURES / f"{name}.svg", svg_file(text).encode())
     for name, table in tables(runs).items():
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd")
         replace(folder / f"{name}.parquet", stream.getvalue())
     replace(folder / "report.md", markdown(*about).encode())
-    replace(folder / PAGE, html.encode())
+    replace(folder / PAGE, page(*about, drawn).encode())
     return folder / PAGE
 
 

@@ -79,9 +79,9 @@ class Run:
         return None if self.phase is None else self.phase.after.get(metric)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Runs:
-    """What a report is about."""
+    """What a report is about; equal to itself alone, so that what takes long is worked out once for it."""
 
     all: tuple[Run, ...]
     metric: str
