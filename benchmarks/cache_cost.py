@@ -126,35 +126,35 @@ def runs(rounds: int, found: dict[str, Tree]) -> Iterator[tuple[str, Tree]]:
             yield f"{number} {name}", measured("student_train", "trial.yaml")
 
 
-def summarised(found: dict[str, Tree], rounds: int) -> Tree:
-    """Medians and ranges of what the runs took, and after how many trials a cache has paid."""
-    whole = [number for number in range(rounds) if all(f"{number} {name} {way}" in found for name in TRIALS for way in ("cached", "live"))]
-    if not whole:
-        return {}
-    fields = ("wall", "cpu", "loop_wall", "loop_cpu", "answers_wall", "answers_cpu", "anonymous_mb", "teacher_flops", "teacher_tokens")
-    each: Tree = {}
-    for name in ("dump", *(f"{trial} {way}" for trial in TRIALS for way in ("cached", "live"))):
-        taken = [found[f"{number} {name}"] for number in whole]
-        each[name] = {field: spread([one[field] for one in taken]) for field in fields}
-    ratios = {
-        trial: {
-            field: spread([found[f"{number} {trial} live"][field] / found[f"{number} {trial} cached"][field] for number in whole])
-            for field in ("wall", "cpu", "loop_wall", "loop_cpu", "anonymous_mb")
-        }
-        for trial in TRIALS
-    }
+FIELDS = ("wall", "cpu", "loop_wall", "loop_cpu", "answers_wall", "answers_cpu", "anonymous_mb", "teacher_flops", "teacher_tokens")
+
+
+def summarised(found: dict[str, Tree]) -> Tree:
+    """Medians and ranges of what the processes took, each trial over the rounds that have both ways of it, and after how many trials a
+    cache has paid, over the rounds that have all."""
+    rounds = sorted({int(name.split()[0]) for name in found})
+    both = {trial: [n for n in rounds if {f"{n} {trial} cached", f"{n} {trial} live"} <= found.keys()] for trial in TRIALS}
+    each: Tree = {"dump": {field: spread([found[f"{n} dump"][field] for n in rounds if f"{n} dump" in found]) for field in FIELDS}}
+    ratios: Tree = {}
+    for trial, measured_in in both.items():
+        if not measured_in:
+            continue
+        for way in ("cached", "live"):
+            each[f"{trial} {way}"] = {field: spread([found[f"{n} {trial} {way}"][field] for n in measured_in]) for field in FIELDS}
+        ratios[trial] = {"rounds": len(measured_in)}
+        for field in ("wall", "cpu", "loop_wall", "loop_cpu", "anonymous_mb"):
+            ratios[trial][field] = spread([found[f"{n} {trial} live"][field] / found[f"{n} {trial} cached"][field] for n in measured_in])
+    whole = [number for number in rounds if all(number in measured_in for measured_in in both.values())]
     sweep, even = {}, {}
-    for field in ("wall", "cpu", "loop_wall", "loop_cpu", "teacher_flops"):
-        dumps = [found[f"{number} dump"][field] for number in whole]
-        sums = {way: [sum(found[f"{number} {trial} {way}"][field] for trial in TRIALS) for number in whole] for way in ("cached", "live")}
-        sweep[field] = {
-            "store: dump and trials": spread([dump + cached for dump, cached in zip(dumps, sums["cached"], strict=True)]),
-            "live": spread(sums["live"]),
-        }
+    for field in ("wall", "cpu", "loop_wall", "loop_cpu", "teacher_flops") if whole else ():
+        dumps = [found[f"{n} dump"][field] for n in whole]
+        sums = {way: [sum(found[f"{n} {trial} {way}"][field] for trial in TRIALS) for n in whole] for way in ("cached", "live")}
+        stored = [dump + cached for dump, cached in zip(dumps, sums["cached"], strict=True)]
+        sweep[field] = {"store: dump and trials": spread(stored), "live": spread(sums["live"])}
         saved = [(live - cached) / len(TRIALS) for live, cached in zip(sums["live"], sums["cached"], strict=True)]
         even[field] = spread([dump / one for dump, one in zip(dumps, saved, strict=True)]) if min(saved) > 0 else "never here"
     return {
-        "rounds": len(whole),
+        "whole rounds": len(whole),
         "sweep of the trials": sweep,
         "trials after which a cache has paid": even,
         "live over cached": ratios,
@@ -306,7 +306,7 @@ def main() -> None:
         "bytes on disk": sizes,
         "gpu": "not measured",
     }
-    figures = {**machine(), **what, "flops of a batch": checked(), **summarised(found, options.rounds), "processes": found}
+    figures = {**machine(), **what, "flops of a batch": checked(), **summarised(found), "processes": found}
     save(target, "cache_cost", figures)
 
 
