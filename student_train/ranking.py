@@ -18,8 +18,13 @@ class Ranked:
 
     @property
     def scores(self) -> list[float]:
-        """Those of its finished trials."""
-        return [row.score for row in self.rows if row.score is not None]
+        """Those of its finished trials; none of a combination that was given up."""
+        return [] if self.pruned else [row.score for row in self.rows if row.score is not None]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it was given up for the scores of its first seed."""
+        return any(row.state == "pruned" for row in self.rows)
 
     @property
     def mean(self) -> float | None:
@@ -55,7 +60,7 @@ def table(rows: Sequence[Row], metric: str) -> str:
                 str(place),
                 *values,
                 _score(one),
-                f"{len(one.scores)} of {len(one.rows)}",
+                f"{sum(row.score is not None for row in one.rows)} of {len(one.rows)}",
                 f"{fmean(seconds):.0f}" if seconds else "",
                 f"{sizes[0]:,}" if len(sizes) == 1 else "",
                 starts[0][:8] if len(starts) == 1 else f"{len(starts)} starts" if starts else "",
@@ -67,6 +72,9 @@ def table(rows: Sequence[Row], metric: str) -> str:
 
 
 def _score(one: Ranked) -> str:
+    if one.pruned:
+        ended = next(row for row in one.rows if row.state == "pruned")
+        return f"{'no number' if ended.best is None else f'{ended.best:.4f}'}, pruned at {ended.pruned}"
     if one.mean is None:
         return "failed" if any(row.state == "failed" for row in one.rows) else "open"
     return f"{one.mean:.4f}" if one.std is None else f"{one.mean:.4f} ± {one.std:.4f}"

@@ -37,19 +37,25 @@ def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool
     same command in other terminals, or on other machines that see the same folders, joins in. A trial that fails is recorded in
     OUTPUT/trials.json, and the others go on; the exit code is then 1.
     """
-    from store.strict import load_yaml
-    from student_train.ranking import table
-    from student_train.sweep import Sweep, trials
-    from student_train.sweep_run import check_sweep, run_sweep
+    from store.strict import load_yaml, read_yaml
+    from student_train.sweep import Sweep, trials, trials_of
 
     loaded = load_yaml(Sweep, sweep, overrides)
     tried = trials(loaded)
     if only_print:
+        if loaded.sampler != "grid":
+            click.echo(f"{loaded.sampler} proposes {loaded.trials} combinations as the sweep goes; before it, these are checked:")
         for number, trial in enumerate(tried, 1):
-            click.echo(f"{number}  {trial}  {trial.name}")
+            click.echo(f"{number}  {trial}  {trial.name}" if loaded.sampler == "grid" else f"{trial}")
         return
-    check_sweep(loaded, tried)
-    rows = run_sweep(loaded, tried, retry=retry)
+    from student_train.ranking import table
+    from student_train.study import known
+    from student_train.sweep_check import check_sweep
+    from student_train.sweep_run import run_sweep
+
+    base = read_yaml(loaded.recipe)
+    check_sweep(loaded, [*tried, *(trial for choice in known(loaded) for trial in trials_of(loaded, base, choice))])
+    rows = run_sweep(loaded, retry=retry)
     click.echo(table(rows, loaded.metric))
     if failed := [row for row in rows if row.state == "failed"]:
         click.echo(f"{len(failed)} of {len(rows)} trials failed: see trials.json and logs/ in {loaded.output}; --retry tries them again")

@@ -5,7 +5,8 @@
 <output>/trials/<trial>/       its run (student_train.output)
 <output>/logs/<trial>.log      what its processes said
 <output>/claims/<trial>        locked as long as a process works on the trial
-<output>/ended/<trial>.json    how its process ended, and in how many seconds
+<output>/ended/<trial>.json    how its process ended, and in how many seconds; that it was pruned
+<output>/study.id, study.log, proposed.json     what was proposed (student_train.study)
 <output>/trials.json           a row for each trial, written anew whenever one ends
 """
 
@@ -25,6 +26,7 @@ from store import layout
 from store.publish import make_folder, replace
 from store.strict import Strict, parse
 from student_train.output import RESULT, phase_folder, student_folder
+from student_train.pruning import best, curve
 from student_train.recipe import PhaseSpec, TrainRecipe
 from student_train.sweep import Sweep, Trial
 
@@ -44,6 +46,8 @@ class Ending(Strict):
     """``cpu`` or ``cuda:N``; empty where the sweep names no devices."""
     error: str
     """The last lines that it wrote, where it failed."""
+    pruned: int | None = None
+    """The optimiser step of the score for which its combination was given up; None where it wasn't."""
 
 
 class Row(Strict):
@@ -53,7 +57,7 @@ class Row(Strict):
     parameters: dict[str, object]
     seed: int
     state: str
-    """``finished``, ``failed``, or ``open``: not begun, interrupted, or at work."""
+    """``finished``, ``failed``, ``pruned``, or ``open``: not begun, interrupted, or at work."""
     score: float | None
     """That of the sweep's metric, as measured; None where there is none (yet), or it is no number."""
     scores: dict[str, float | None]
@@ -64,6 +68,10 @@ class Row(Strict):
     seconds: float | None
     device: str | None
     error: str | None
+    pruned: int | None = None
+    """Of a pruned trial: the optimiser step of the score for which its combination was given up."""
+    best: float | None = None
+    """Of a pruned trial: its best score until then; None of one that was not begun."""
 
 
 def begin(sweep: Sweep) -> None:
@@ -77,7 +85,7 @@ def begin(sweep: Sweep) -> None:
     if SWEEP not in names and names - of_a_beginning:
         raise ValueError(f"output: {folder} holds something else than a sweep of student-train; give another folder")
     tree = sweep.model_dump(mode="json", exclude_none=True)
-    with _turn(sweep):
+    with turn(sweep):
         replace(folder / SWEEP, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
     for name in ("recipes", "logs", "ended", "trials"):
         make_folder(folder / name)
@@ -99,9 +107,19 @@ def is_finished(trial: Trial) -> bool:
     return all((phase_folder(trial.recipe, phase.name) / RESULT).is_file() for phase in trial.recipe.phases)
 
 
-def is_over(sweep: Sweep, trial: Trial) -> bool:
-    """Whether it is finished or has failed."""
-    return is_finished(trial) or ((ending := read_ending(sweep, trial)) is not None and ending.code != 0)
+def state(sweep: Sweep, trial: Trial) -> str:
+    """``finished``, ``failed``, ``pruned`` or ``open``."""
+    if is_finished(trial):
+        return "finished"
+    ending = read_ending(sweep, trial)
+    if ending is None:
+        return "open"
+    return "pruned" if ending.pruned is not None else "failed" if ending.code else "open"
+
+
+def score(sweep: Sweep, trial: Trial) -> float | None:
+    """The held-out score of a finished trial by the sweep's metric; None where that is no number."""
+    return _scores(trial).get(sweep.metric.removeprefix("-"))
 
 
 def read_ending(sweep: Sweep, trial: Trial) -> Ending | None:
@@ -116,6 +134,11 @@ def read_ending(sweep: Sweep, trial: Trial) -> Ending | None:
     return parse(Ending, tree, str(file))
 
 
+def write_pruned(sweep: Sweep, trial: Trial, step: int) -> None:
+    """Keep that a trial is not begun, since its combination was given up at ``step`` of another seed."""
+    write_ending(sweep, trial, Ending(code=0, seconds=0.0, device="", error="", pruned=step))
+
+
 def write_ending(sweep: Sweep, trial: Trial, ending: Ending) -> None:
     """Keep how its process ended."""
     replace(_ending(sweep, trial), ending.model_dump_json(indent=1).encode())
@@ -125,8 +148,8 @@ def forget_failures(sweep: Sweep, tried: Iterable[Trial]) -> None:
     """Let failed trials be tried again; those that another process works on are left alone."""
     for trial in tried:
         if (handle := claim(sweep, trial)) is not None:
-            if not is_finished(trial):
-                _ending(sweep, trial).unlink(missing_ok=True)
+            if state(sweep, trial) == "failed":
+                _ending(sweep, trial).unlink()
             os.close(handle)
 
 
@@ -146,13 +169,13 @@ def rows(sweep: Sweep, tried: Iterable[Trial]) -> list[Row]:
 
 def write_table(sweep: Sweep, tried: Iterable[Trial]) -> None:
     """Write ``trials.json`` anew."""
-    with _turn(sweep):
+    with turn(sweep):
         table = [row.model_dump(mode="json") for row in rows(sweep, tried)]
         replace(sweep.output / TABLE, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
-def _turn(sweep: Sweep) -> Iterator[None]:
+def turn(sweep: Sweep) -> Iterator[None]:
     """Be the only process that writes files which several write; the others wait."""
     make_folder(sweep.output / "claims")
     with (sweep.output / "claims" / ".turn").open("w") as lock:
@@ -161,23 +184,29 @@ def _turn(sweep: Sweep) -> Iterator[None]:
 
 
 def _row(sweep: Sweep, trial: Trial) -> Row:
-    ending, done = read_ending(sweep, trial), is_finished(trial)
-    failed = not done and ending is not None and ending.code != 0
-    result = _result(trial.recipe, trial.scored) if done else {}
-    scores = {name: value if math.isfinite(value) else None for name, value in result.get("after", {}).items()}
+    ending, now = read_ending(sweep, trial), state(sweep, trial)
+    done, pruned = now == "finished", now == "pruned"
     return Row(
         trial=trial.name,
         parameters=dict(trial.parameters),
         seed=trial.seed,
-        state="finished" if done else "failed" if failed else "open",
-        score=scores.get(sweep.metric.removeprefix("-")),
-        scores=scores,
+        state=now,
+        score=score(sweep, trial) if done else None,
+        scores=_scores(trial) if done else {},
         start=_result(trial.recipe, _first(trial)).get("start") if done else None,
         student_parameters=_weights(student_folder(trial.recipe, trial.scored.name)) if done else None,
-        seconds=None if ending is None else ending.seconds,
-        device=None if ending is None else ending.device,
-        error=ending.error if failed and ending is not None else None,
+        seconds=None if ending is None or not ending.seconds else ending.seconds,
+        device=None if ending is None or not ending.seconds else ending.device,
+        error=ending.error if now == "failed" and ending is not None else None,
+        pruned=ending.pruned if pruned and ending is not None else None,
+        best=best(curve(phase_folder(trial.recipe, trial.scored.name), sweep.metric), sweep.metric) if pruned else None,
     )
+
+
+def _scores(trial: Trial) -> dict[str, float | None]:
+    """Held-out scores of a finished trial; None where one is no number."""
+    after = _result(trial.recipe, trial.scored).get("after", {})
+    return {name: value if math.isfinite(value) else None for name, value in after.items()}
 
 
 def _first(trial: Trial) -> PhaseSpec:
