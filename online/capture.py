@@ -4,6 +4,7 @@ Shapes: B rows, T padded tokens, M chosen ones, W width of a feature, V words, C
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from online.narrow_head import NarrowHead
 from online.replacement import stand_ins
 from online.statics import live_statics
 from online.taps import PROJECTIONS, Site, before_words, first_argument, tap
+from online.words import Share
 from store.features import FeatureKey
 
 ATTENTION = ("attention_scores", "attention_probs")
@@ -146,7 +148,7 @@ class Capture:
             return take(self._head.whole(input_BTW), batch, "mean")
         input_ = input_BTW if key.positions == "all" else take(input_BTW, batch, key.positions)
         words = words_at(key, input_, batch, head or self._head.whole, self._loaded.shape.vocab)
-        return words if head else words.dense()
+        return replace(words, share=self._head.share(input_.device.type)) if head else words.dense()
 
 
 class _Head:
@@ -162,15 +164,28 @@ class _Head:
 
     def whole(self, input_: Tensor) -> Tensor:
         """Logits [..., V] of ``input_`` [..., W], float32."""
-        head, weights = self._loaded.word_head, self._loaded.weights
+        return self._capped(self._loaded.weights.joined(self._called(input_), self._loaded.shape.vocab))
+
+    def _called(self, input_: Tensor) -> Tensor:
+        """What the head gives on this rank."""
+        head = self._loaded.word_head
         assert head is not None
         self._asked = True
         try:
-            with weights.calling(head):
+            with self._loaded.weights.calling(head):
                 logits: Tensor = head(input_)
         finally:
             self._asked = False
-        return self._capped(weights.joined(logits, self._loaded.shape.vocab))
+        return logits
+
+    def share(self, device: str) -> Share | None:
+        """This rank's part of a head that is split over the ranks, with autocast and gradient as they are now; None of any other."""
+        assert self._loaded.word_head is not None
+        columns = self._loaded.weights.columns(self._loaded.word_head)
+        if columns is None:
+            return None
+        part = partial(_under, device, *_modes(device), lambda input_MW: self._capped(self._called(input_MW)))
+        return Share(part, columns.first, self._loaded.shape.vocab, columns.gathered)
 
     def now(self, device: str, grad: bool) -> Callable[[Tensor], Tensor] | None:
         """What may be called as often as a rank likes, with autocast and gradient as they are now; None where that cannot be.
@@ -179,7 +194,7 @@ class _Head:
         gather its weight once, without gradient.
         """
         loaded = self._loaded
-        modes = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, torch.is_grad_enabled()
+        modes = _modes(device)
         if not loaded.weights.together:
             return partial(_under, device, *modes, self.whole)
         if grad or not isinstance(loaded.word_head, nn.Linear | NarrowHead) or any(w.requires_grad for w in loaded.word_head.parameters()):
@@ -191,6 +206,11 @@ class _Head:
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self._loaded.wiring.logit_cap
         return (logits if cap is None else torch.tanh(logits / cap) * cap).float()
+
+
+def _modes(device: str) -> tuple[torch.dtype | None, bool]:
+    """The type of autocast, if it is on, and whether gradients are wanted."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, torch.is_grad_enabled()
 
 
 def _under(device: str, dtype: torch.dtype | None, grad: bool, head: Callable[[Tensor], Tensor], input_MW: Tensor) -> Tensor:

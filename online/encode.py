@@ -17,7 +17,8 @@ from online.ids import unpack
 from online.seeds import seeds
 from online.vocabulary import select
 from online.word_forms import in_form
-from online.words import Words, as_words
+from online.word_shares import combines, in_form_of_shares, select_of_shares
+from online.words import Share, Words, as_words
 from store.codecs import float8, int8
 from store.features import ArraySpec, Dtype, FeatureKey, FeatureSpec
 from store.forms import word_form
@@ -94,7 +95,9 @@ def packed_in_form(key: FeatureKey, value: Value, batch: Batch, ids: Sequence[in
         return packed.logits if isinstance(packed, Words) else packed
     words = as_words(packed) if isinstance(packed, Tensor) else packed
     columns = zip(*(column_U.split(words.parts()) for column_U in _units(key, batch)), strict=True)
-    found = [_form(key, logits_MV, _Units(*chunk), ids) for logits_MV, chunk in zip(words.chunks(), columns, strict=True)]
+    share = words.share if combines(key) else None
+    chunks = words.chunks() if share is None else words.shares()
+    found = [_form(key, logits_MV, _Units(*chunk), ids, share) for logits_MV, chunk in zip(chunks, columns, strict=True)]
     if isinstance(found[0], Selected):
         return Selected(found[0].ids, *(torch.cat(column) for column in list(zip(*found, strict=True))[1:]))
     return type(found[0])(*(torch.cat(column) for column in zip(*found, strict=True)))
@@ -109,8 +112,13 @@ class _Units(NamedTuple):
     """Of words that are drawn (online.seeds)."""
 
 
-def _form(key: FeatureKey, logits_MV: Tensor, units: _Units, ids: Sequence[int]) -> TopK | Drawn | TopDrawn | TopBanded | Selected:
+def _form(
+    key: FeatureKey, logits_MV: Tensor, units: _Units, ids: Sequence[int], share: Share | None
+) -> TopK | Drawn | TopDrawn | TopBanded | Selected:
+    """What ``key`` keeps of logits [M, V], or [M, v] of a share."""
     form = word_form(key.form)
+    if share is not None:
+        return select_of_shares(share, logits_MV, ids, units.labels) if form is None else in_form_of_shares(form, share, logits_MV)
     return select(logits_MV, ids, units.labels) if form is None else in_form(form, logits_MV, units.seeds)
 
 

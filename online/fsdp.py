@@ -46,6 +46,9 @@ class Gathered(Slices):
     def joined(self, value: Tensor, width: int) -> Tensor:
         return value
 
+    def columns(self, module: nn.Module) -> None:
+        return None
+
     def _release(self, model: nn.Module, args: object, output: object) -> None:
         """FSDP2 keeps the outermost unit and tied word embeddings for a backward pass, which never comes here."""
         if output is None:  # the pass failed half-way, for want of memory for instance

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -46,6 +46,14 @@ class ShardingError(ValueError):
     """A model cannot lie over the ranks as it is asked to."""
 
 
+class Columns(NamedTuple):
+    """Of outputs that are split over the ranks: those of this one."""
+
+    first: int
+    gathered: Callable[[Tensor], Tensor]
+    """[M, n] of this rank -> [R, M, n] of all R ranks, in their order."""
+
+
 class Weights(Protocol):
     """The weights of a loaded model. Whatever is sharded is gathered by all ranks at once."""
 
@@ -62,6 +70,10 @@ class Weights(Protocol):
 
     def joined(self, value: Tensor, width: int) -> Tensor:
         """``value`` [..., w] as it left a module whose outputs are split over the ranks, [..., width]; itself where w is the width."""
+        ...
+
+    def columns(self, module: nn.Module) -> "Columns | None":
+        """Which of its outputs a linear layer gives on this rank; None where it gives all."""
         ...
 
     def local_elements(self) -> int:
@@ -85,6 +97,9 @@ class Whole:
 
     def joined(self, value: Tensor, width: int) -> Tensor:
         return value
+
+    def columns(self, module: nn.Module) -> None:
+        return None
 
     def local_elements(self) -> int:
         return sum(weight.numel() for weight in self._model.parameters())

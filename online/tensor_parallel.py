@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from online.families import FAMILIES
-from online.sharding import Loaded, Sharding, ShardingError
+from online.sharding import Columns, Loaded, Sharding, ShardingError
 from online.skeleton import load_skeleton, refuse_random_head
 from online.slices import Slices, read_slices
 
@@ -30,9 +31,16 @@ class Split(Slices):
     def joined(self, value: Tensor, width: int) -> Tensor:
         if value.shape[-1] == width:
             return value
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, value.contiguous())
-        return torch.cat(parts, dim=-1)
+        mesh = next(weight.device_mesh for weight in self._model.parameters() if isinstance(weight, DTensor))
+        shape = torch.Size((*value.shape[:-1], width))  # said, because the last rank may have fewer
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(value.contiguous(), mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+    def columns(self, module: nn.Module) -> Columns | None:
+        weight = module.weight
+        if not isinstance(weight, DTensor):
+            return None
+        return Columns(min(dist.get_rank() * -(-len(weight) // dist.get_world_size()), len(weight)), _gathered)
 
 
 def load_tp(model_class: type, arguments: Mapping[str, Any], sharding: Sharding, device: torch.device) -> Loaded:
@@ -46,8 +54,10 @@ def load_tp(model_class: type, arguments: Mapping[str, Any], sharding: Sharding,
     skeleton, report = load_skeleton(model_class, arguments)
     refuse_random_head(arguments, report)
     family = FAMILIES.get(config.model_type)
-    plan = None if family is None or family.split is None else _plan(skeleton, *family.split)
-    model = read_slices(model_class, arguments, DistributedConfig(tp_size=sharding.size, tp_plan=plan), device)
+    plan = {} if family is None or family.split is None else _plan(skeleton, *family.split)
+    heads = {name: "colwise" for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings()}
+    plan |= heads  # transformers' own plans gather the logits of all words on every rank
+    model = read_slices(model_class, arguments, DistributedConfig(tp_size=sharding.size, tp_plan=plan or None), device)
     return model, report, Split(model)
 
 
@@ -77,14 +87,18 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
             )
 
 
+def _gathered(value: Tensor) -> Tensor:
+    found = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, value.contiguous())
+    return torch.stack(found)
+
+
 def _plan(model: PreTrainedModel, columns: tuple[str, ...], rows: tuple[str, ...]) -> dict[str, str]:
     """transformers' plan for a model that comes without one: ``columns`` split their outputs, ``rows`` their inputs, words by number."""
     names = {module: name for name, module in model.named_modules()}
     block = ".".join(filter(None, (names[model.base_model], FAMILIES[model.config.model_type].block.format(i="*"))))
     plan = {f"{block}.{name}": "colwise" for name in columns} | {f"{block}.{name}": "rowwise" for name in rows}
     plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
-    if (head := model.get_output_embeddings()) is not None:
-        plan[names[head]] = "colwise_gather_output"
-        if (bias := model.all_tied_weights_keys.get(f"{names[head]}.bias")) is not None:
-            plan[bias] = "colwise"  # a parameter beside the layer that uses it
+    if (head := model.get_output_embeddings()) is not None and (bias := model.all_tied_weights_keys.get(f"{names[head]}.bias")) is not None:
+        plan[bias] = "colwise"  # a parameter beside the layer that uses it
     return plan

@@ -35,15 +35,20 @@ def top_k(logits: Tensor, k: int) -> TopK:
     found = []
     for chunk_MV in _chunks(logits):
         chunk_MV = chunk_MV.float()
-        top_MK, ids_MK = _likeliest(chunk_MV, k)
+        top_MK, ids_MK = likeliest(chunk_MV, k)
         rest_M = chunk_MV.scatter(-1, ids_MK, -torch.inf).logsumexp(-1)
-        # torch.logaddexp rounds by a value's place in the tensor, so that a word's answer would depend on the batch.
-        log_sum_exp_M = torch.stack([rest_M, top_MK.logsumexp(-1)], -1).logsumexp(-1)
-        log_tail_M = (rest_M - log_sum_exp_M).clamp(min=torch.finfo(torch.float32).min)
-        found.append(TopK(ids_MK, top_MK - log_sum_exp_M[:, None], log_tail_M))
+        found.append(with_tail(top_MK, ids_MK, rest_M))
     lead = logits.shape[:-1]
     ids, log_probs, log_tail = (torch.cat(column) for column in zip(*found, strict=True))
     return TopK(ids.reshape(*lead, k), log_probs.reshape(*lead, k), log_tail.reshape(lead))
+
+
+def with_tail(top_MK: Tensor, ids_MK: Tensor, rest_M: Tensor) -> TopK:
+    """The likeliest words from their logits and the log-sum-exp of all others."""
+    # torch.logaddexp rounds by a value's place in the tensor, so that a word's answer would depend on the batch.
+    log_sum_exp_M = torch.stack([rest_M, top_MK.logsumexp(-1)], -1).logsumexp(-1)
+    log_tail_M = (rest_M - log_sum_exp_M).clamp(min=torch.finfo(torch.float32).min)
+    return TopK(ids_MK, top_MK - log_sum_exp_M[:, None], log_tail_M)
 
 
 def nucleus(found: TopK, form: WordForm) -> TopK:
@@ -60,7 +65,7 @@ def nucleus(found: TopK, form: WordForm) -> TopK:
     return TopK(found.ids * kept, found.log_probs.masked_fill(~kept, UNUSED), lost.logsumexp(-1))
 
 
-def _likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` highest logits and their words, [M, K] each. ``torch.topk`` leaves open which of equal ones it takes."""
     top_MK, ids_MK = _highest(logits_MV, min(k + 1, logits_MV.shape[1]))
     tied_M = (top_MK[:, k - 1] == top_MK[:, -1]) & ~top_MK.isnan().any(-1)
@@ -70,9 +75,14 @@ def _likeliest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         above_MV, equal_MV = rows_MV > last_M1, rows_MV == last_M1
         room_M1 = k - above_MV.sum(-1, keepdim=True)
         ids_MK[tied_M] = (above_MV | (equal_MV & (equal_MV.cumsum(-1) <= room_M1))).nonzero()[:, 1].reshape(-1, k)
-    ids_MK = ids_MK.sort(-1).values
-    top_MK, order_MK = logits_MV.gather(-1, ids_MK).sort(stable=True, dim=-1, descending=True)
-    return top_MK, ids_MK.gather(-1, order_MK)
+    return by_logit(logits_MV.gather(-1, ids_MK), ids_MK)
+
+
+def by_logit(logits_MN: Tensor, ids_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in order of falling logits, of equal ones in order of rising ids."""
+    ids_MN, order_MN = ids_MN.sort(-1)
+    logits_MN, places_MN = logits_MN.gather(-1, order_MN).sort(stable=True, dim=-1, descending=True)
+    return logits_MN, ids_MN.gather(-1, places_MN)
 
 
 def _highest(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor]:

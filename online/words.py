@@ -48,6 +48,19 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A head that ranks hold together for the same tokens: each computes the logits of words of its own, [M, v] from ``first`` on."""
+
+    head: Callable[[Tensor], Tensor]
+    """[M, W] -> [M, v]; as that of Words."""
+    first: int
+    vocab: int
+    """Words of all ranks."""
+    gathered: Callable[[Tensor], Tensor]
+    """[M, n] of this rank -> [R, M, n] of all R ranks; all call it at once."""
+
+
+@dataclass(frozen=True)
 class Words:
     """The logits [U, V] of a key of word logits, float32. All of them exist once ``logits`` or ``dense`` was asked for, and then stay."""
 
@@ -60,6 +73,8 @@ class Words:
     """[U] where the units stand among all B * T tokens; None where they are not packed."""
     padded: torch.Size | None = None
     """[B, T], where ``places`` is given."""
+    share: Share | None = None
+    """This rank's part of a head that ranks hold together, whose ``head`` gathers the logits of all words on every rank."""
 
     @cached_property
     def logits(self) -> Tensor:
@@ -101,14 +116,24 @@ class Words:
         for input_MW in self.input.split(parts):
             yield self.of(input_MW)
 
+    def shares(self) -> Iterator[Tensor]:
+        """[M, v] each: this rank's part of ``chunks``, of which nothing is gathered."""
+        assert self.share is not None
+        for input_MW in self.input.split(self.parts()):
+            yield _logits(self.share.head, input_MW)
+
     def of(self, input_MW: Tensor) -> Tensor:
         """[M, V] float32 logits of some units from their part of ``input``."""
         if self.head is None:
             return input_MW.float()
-        units = len(input_MW)
-        # An operand that lies elsewhere in memory, as a part of another may, rounds differently on some processors.
-        fresh_MW = F.pad(input_MW, (0, 0, 0, LEAST - units)) if units < LEAST else input_MW.clone()
-        return self.head(fresh_MW).float()[:units]
+        return _logits(self.head, input_MW)
+
+
+def _logits(head: Callable[[Tensor], Tensor], input_MW: Tensor) -> Tensor:
+    units = len(input_MW)
+    # An operand that lies elsewhere in memory, as a part of another may, rounds differently on some processors.
+    fresh_MW = F.pad(input_MW, (0, 0, 0, LEAST - units)) if units < LEAST else input_MW.clone()
+    return head(fresh_MW).float()[:units]
 
 
 def each(compute: Callable[..., Tensor], *sides: Words | Tensor) -> Tensor:

@@ -50,6 +50,9 @@ class Partitioned:
     def joined(self, value: Tensor, width: int) -> Tensor:
         return value
 
+    def columns(self, module: nn.Module) -> None:
+        return None
+
     def local_elements(self) -> int:
         """Without the padding that makes all parts equally long."""
         weights: list[Any] = list(self._engine.parameters())

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from online.batch import IGNORED, Batch, Features, dense
 from online.capture import Capture
+from online.encode import packed_in_form
 from online.models import LM_HEADS, LoadedModel, ModelSpec, forward, load_model
 from online.replica import joined
 from online.sharding import Sharding
 from online.statics import live_statics
+from online.words import Words
 from store.features import FeatureKey
 from store.shape import ModelShape
 
@@ -74,11 +77,32 @@ def _compare(whole: LoadedModel, split: LoadedModel, seed: int) -> dict[str, Any
     return {
         "features": differences,
         "statics": {name: float((tensor.detach() - theirs[name]).abs().max()) for name, tensor in ours.items()},
+        "words": _words(split, _batch(seed)) if whole.shape.head in LM_HEADS and _is_shared(split) else {},
         "same_fingerprint": whole.fingerprint == split.fingerprint,
         "local": split.weights.local_elements(),
         "most_live": _most_live(split, _batch(seed)),
         "all": sum(weight.numel() for weight in whole.model.parameters()),
     }
+
+
+def _is_shared(loaded: LoadedModel) -> bool:
+    """Whether ranks hold the head together and work on the same rows."""
+    return loaded.word_head is not None and loaded.weights.columns(loaded.word_head) is not None
+
+
+def _words(loaded: LoadedModel, batch: Batch) -> dict[str, Any]:
+    """By form: which words it keeps, and the largest difference of its numbers, from shares of the ranks and from all logits on each."""
+    with torch.no_grad():
+        words = _features(loaded, [key := FeatureKey.parse("lm_logits")], batch)[key]
+    assert isinstance(words, Words)
+    assert words.share is not None
+    answer: dict[str, Any] = {}
+    for form in ("top5", "top5p9", "top3band4", "select"):
+        of = replace(key, form=form)
+        found, expected = (packed_in_form(of, value, batch, (3, VOCAB - 1)) for value in (words, replace(words, share=None)))
+        pairs = [(one.nan_to_num(), other.nan_to_num()) for one, other in zip(found[1:], expected[1:], strict=True)]
+        answer[form] = torch.equal(found[0], expected[0]), max(float((one - other).abs().max()) for one, other in pairs)
+    return answer
 
 
 def _most_live(loaded: LoadedModel, batch: Batch) -> int:

@@ -16,6 +16,7 @@ from store.shape import Head
 Build = Callable[..., PreTrainedModel]
 Answers = list[dict[str, Any]]
 RANKS, VOCAB = 2, 61
+WORD_TOLERANCE = 2e-6
 TOLERANCE, BF16_TOLERANCE = 1e-5, 0.1  # partial sums are rounded to bfloat16 before they are added
 EQUAL: list[tuple[str, Head, Head, str]] = [
     ("bert", "masked_lm", "masked_lm", "float32"),
@@ -71,6 +72,15 @@ def test_features_weights_and_fingerprint_are_those_of_the_whole_model(answers: 
         assert max(found["features"].values()) <= tolerance, found["features"]
         assert max(found["statics"].values()) == 0
         assert found["same_fingerprint"]
+
+
+@CASES
+def test_what_is_kept_of_words_follows_from_the_parts_of_the_ranks(answers: Answers, case: int) -> None:
+    """The same words to the bit, beside numbers whose sums are taken in another order."""
+    found = [answer["equal"][case]["words"] for answer in answers]
+    assert found[0] == found[1]
+    assert bool(found[0]) == (EQUAL[case][2] in ("masked_lm", "causal_lm"))
+    assert all(same and difference <= WORD_TOLERANCE for same, difference in found[0].values()), found[0]
 
 
 @CASES
