@@ -79,7 +79,7 @@ def svg(figure: Figure, name: str) -> str:
     text = text.replace("font-family: 'DejaVu Sans', sans-serif; ", "")  # the page's own font, which is no wider
     text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: _short(found[0]), text)
     text = _ROLE.sub(lambda found: f"var(--{_NAMES[found[0].lower()]})", text)
-    return re.sub(r">\s+<", "><", text).replace("<svg ", f'<svg role="img" aria-labelledby="{name}" ', 1)
+    return re.sub(r">\s+<", "><", text).replace("<svg ", f'<svg role="img" aria-labelledby="{name}-caption" ', 1)
 
 
 def svg_file(drawn: str) -> str:

@@ -15,7 +15,7 @@ def markdown(title: str, lead: str, sections: Sequence[Section], footer: str) ->
     for one in sections:
         parts += [f"## {plain(one.title)}", *map(plain, one.text)]
         for picture in one.pictures:
-            parts += [f"![{plain(picture.caption)}]({PICTURES}/{picture.name}.svg)", f"*{plain(picture.caption)}*"]
+            parts += [f"![{picture.name}]({PICTURES}/{picture.name}.svg)", f"*{plain(picture.caption)}*"]
         for table in one.tables:
             parts += [f"### {plain(table.name)}", _table(table), *([plain(table.note)] if table.note else [])]
     return "\n\n".join([*parts, plain(footer)]) + "\n"

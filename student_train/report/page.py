@@ -99,7 +99,7 @@ def _section(one: Section, drawn: Mapping[str, str]) -> str:
 
 
 def _picture(one: Picture, drawn: str) -> str:
-    return f'<figure>{drawn}<figcaption id="{one.name}">{escape(one.caption)}</figcaption></figure>\n'
+    return f'<figure>{drawn}<figcaption id="{one.name}-caption">{escape(one.caption)}</figcaption></figure>\n'
 
 
 def _table(one: Table) -> str:

@@ -135,7 +135,11 @@ def _metric(run: Run) -> str:
 
 def _trials(folder: Path, sweep: Mapping[str, Any]) -> list[Run]:
     """A sweep's trials in the order of its table."""
-    rows = read_json(folder / "trials.json") if (folder / "trials.json").is_file() else []
+    file = folder / "trials.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; the sweep's command writes it anew") from None
     return [_trial(folder, sweep, row) for row in rows]
 
 
@@ -196,7 +200,7 @@ def _phases(folder: Path, recipe: Mapping[str, Any]) -> tuple[Phase, ...]:
 
 
 def _phase(folder: Path, spec: Mapping[str, Any]) -> Phase:
-    start = read_json(folder / "start.json") if (folder / "start.json").is_file() else None
+    start = _object(folder / "start.json")
     try:
         logs = read_journal(folder / "metrics.jsonl")
     except ValueError as error:
@@ -208,7 +212,7 @@ def _phase(folder: Path, spec: Mapping[str, Any]) -> Phase:
         methods=tuple(method["name"] for method in spec["methods"]),
         logs=tuple(logs),
         before=None if start is None else start.get("scores") or None,
-        result=read_json(folder / "result.json") if (folder / "result.json").is_file() else None,
+        result=_object(folder / "result.json"),
         probe=_if_there(folder / "probe.parquet"),
         predictions=_if_there(folder / "predictions.parquet"),
     )
@@ -218,9 +222,12 @@ def _if_there(file: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def read_json(file: Path) -> Any:  # noqa: ANN401
-    """What ``file`` holds; raises ValueError that names it where it is damaged."""
+def _object(file: Path) -> Mapping[str, Any] | None:
+    """The JSON object in ``file``; None where there is no such file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; remove {file.parent} to train it again") from None
+        raise ValueError(f"{file} is damaged: {error}; remove {file.parent} to train the phase again") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError(f"{file} is damaged: expected an object; remove {file.parent} to train the phase again")
+    return tree
