@@ -118,7 +118,8 @@ def test_a_masked_language_model_is_told_words_at_every_token_as_glmd_has_them(b
         "random": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
     }
     block = 4 * 768 * 768 + 2 * 768 * 3072
-    compute, read = 12 * (2 * block + 4 * 768 * 512) / (0.4 * 312e12), 1536 / 3e9
+    transform = 2 * 768 * 768  # of the head, in front of what multiplies words: what is stored lies behind it
+    compute, read = (12 * (2 * block + 4 * 768 * 512) + transform) / (0.4 * 312e12), 1536 / 3e9
     assert first["passes_until_a_store_has_paid"] == pytest.approx(compute / (compute - read))  # 1.5
     assert not first["recompute"]  # three epochs
     once = advice("--teacher", bert("ForMaskedLM"), "--tokens", "4.9e9", "--length", "512", "--epochs", "1", *students)
@@ -205,5 +206,4 @@ def test_the_page_has_every_method_and_source_of_the_rules_and_no_unknown_method
         for methods in rule.phases:
             assert all(f"`{method['name']}`" in page for method in methods)
     code = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)*)`", page))
-    named_so = {"task_logits", "head_input", "same_as_init", "sweep", "probe", "needs", "suggest", "float8", "float16", "int8", "copies"}
-    assert code - named_so <= METHODS.keys(), code - named_so - METHODS.keys()
+    assert code - {"suggest", "int8", "width"} <= METHODS.keys()  # a command, a type, a key of recipes
