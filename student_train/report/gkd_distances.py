@@ -51,11 +51,17 @@ def gkd_distances(runs: Runs) -> Section | None:
         *lacking(found),
     ]
     pictures, tables = [], []
-    for phase in dict.fromkeys(one.phase.name for one in enough):
-        of_phase = [one for one in enough if one.phase.name == phase]
-        pictures += _pictures(of_phase, runs, "" if len({one.phase.name for one in enough}) == 1 else f"-{phase}")
+    for suffix, of_phase in by_phase(enough):
+        pictures += _pictures(of_phase, runs, suffix)
         tables.append(_table(of_phase, runs))
     return Section("GKD 4 and 5: distances, loss and score", tuple(text), tuple(tables), tuple(pictures))
+
+
+def by_phase(found: Sequence[Checkpoints]) -> list[tuple[str, list[Checkpoints]]]:
+    """Those of each phase, for they have losses of their own, and what their pictures' names end in; nothing where there is one phase."""
+    phases = list(dict.fromkeys(one.phase.name for one in found))
+    suffixes = [""] if len(phases) == 1 else [f"-{number}" for number in range(1, len(phases) + 1)]
+    return [(suffix, [one for one in found if one.phase.name == phase]) for suffix, phase in zip(suffixes, phases, strict=True)]
 
 
 def checkpoints(one: Checkpoints) -> int:
@@ -138,7 +144,7 @@ def maps(name: str, found: Sequence[Checkpoints], against: Sequence[Target], kin
 def _pictures(found: Sequence[Checkpoints], runs: Runs, suffix: str) -> list[Picture]:
     loss, score = targets(found[0], runs)
     against = [loss] if score is None else [loss, score]
-    count = f"{len(found)} run{'s' if len(found) > 1 else ''}, {_range([checkpoints(one) for one in found])} checkpoints each"
+    count = f"phase {found[0].phase.name}, {counted(found)}, {_range([checkpoints(one) for one in found])} checkpoints each"
     pictures = [
         Picture(
             f"gkd-{number}{suffix}",
@@ -153,7 +159,8 @@ def _pictures(found: Sequence[Checkpoints], runs: Runs, suffix: str) -> list[Pic
         pictures.append(
             Picture(
                 f"gkd-4-methods{suffix}",
-                "Spearman coefficients method by method: the mean over runs, layers and temperatures of a kind of distance.",
+                f"Spearman coefficients method by method, phase {found[0].phase.name}: the mean over runs, layers and temperatures of a "
+                "kind of distance.",
                 by_method(found, against, (*ROWS, *SOFT)),
             )
         )
@@ -215,6 +222,11 @@ def pooled(pairs: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
         ones += one
         others += other
     return dict(enumerate(ones)), dict(enumerate(others))
+
+
+def counted(found: Sequence[Checkpoints]) -> str:
+    """``1 run``, ``6 runs``."""
+    return f"{len(found)} run{'s' if len(found) > 1 else ''}"
 
 
 def _range(counts: Sequence[int]) -> str:

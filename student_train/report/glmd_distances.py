@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from student_train.report.checkpoints import Checkpoints, Distance, probed
 from student_train.report.correlation import FEWEST
-from student_train.report.gkd_distances import ROWS, SOFT, Target, axes_of, by_method, checkpoints, lacking, maps
+from student_train.report.gkd_distances import ROWS, SOFT, Target, axes_of, by_method, by_phase, checkpoints, counted, lacking, maps
 from student_train.report.runs import Runs
 from student_train.report.section import Picture, Section
 
@@ -28,7 +28,8 @@ def glmd_distances(runs: Runs) -> Section | None:
         *lacking(found),
     )
     enough = [one for one in found if checkpoints(one) >= FEWEST]
-    return Section("GLMD 2 and 3: inner layers and L_sp", text, pictures=tuple(_pictures(enough)) if enough else ())
+    pictures = [picture for suffix, of_phase in by_phase(enough) for picture in _pictures(of_phase, suffix)]
+    return Section("GLMD 2 and 3: inner layers and L_sp", text, pictures=tuple(pictures))
 
 
 def _word_loss(one: Checkpoints) -> Distance | None:
@@ -44,17 +45,17 @@ def _target(one: Checkpoints) -> Target:
     return Target(f"L_sp{temperature}", lambda other: other.distances.get(distance, {}))
 
 
-def _pictures(found: Sequence[Checkpoints]) -> list[Picture]:
+def _pictures(found: Sequence[Checkpoints], suffix: str) -> list[Picture]:
     target = _target(found[0])
-    count = f"{len(found)} run{'s' if len(found) > 1 else ''} of {', '.join(dict.fromkeys(one.run.method for one in found))}"
+    count = f"phase {found[0].phase.name}, {counted(found)} of {', '.join(dict.fromkeys(one.run.method for one in found))}"
     pictures = [
         Picture(
-            "glmd-2",
+            f"glmd-2{suffix}",
             f"Spearman coefficients of distances with {target.name}, layer by layer: {count}.",
             maps("Spearman", found, [target], (ROWS, OTHERS)),
         )
     ]
     if len({one.run.method for one in found}) > 1:
         caption = "The same method by method: the mean over runs, layers and temperatures of a kind of distance."
-        pictures.append(Picture("glmd-3", caption, by_method(found, [target], (*ROWS, *OTHERS))))
+        pictures.append(Picture(f"glmd-3{suffix}", caption, by_method(found, [target], (*ROWS, *OTHERS))))
     return pictures

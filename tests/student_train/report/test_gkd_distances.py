@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,17 @@ def test_maps_have_a_row_for_each_kind_and_a_column_for_each_layer_and_temperatu
     assert [tick.get_text() for tick in methods.get_xticklabels()] == ["kd", "pkd"]
     (table,) = section.tables
     assert table.rows[0] == ("hidden.1-2", "training loss", "1", "1 to 1", "1", "1 to 1", "1", "2")
+
+
+def test_phases_have_pictures_of_their_own_and_names_that_differ(tmp_path: Path) -> None:
+    made = [runs(tmp_path / name, {"one": probe({"hidden.1-2": LOSSES})}).all[0] for name in ("a", "b")]
+    phases = tuple(replace(one.phases[0], name=name) for one, name in zip(made, ("first stage", "second stage"), strict=True))
+    with drawing.style():
+        section = gkd_distances(Runs((replace(made[0], phases=phases),), "accuracy", False))
+    assert section is not None
+    assert [picture.name for picture in section.pictures] == ["gkd-4-1", "gkd-5-1", "gkd-4-2", "gkd-5-2"]
+    assert [table.name for table in section.tables] == ["Coefficients of phase first stage", "Coefficients of phase second stage"]
+    assert "first stage, 1 run, 6 checkpoints" in section.pictures[1].caption
 
 
 def test_runs_without_a_probe_have_no_such_section_and_a_damaged_probe_is_named(tmp_path: Path) -> None:
