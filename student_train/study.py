@@ -126,11 +126,12 @@ class Study:
         if self.sweep.pruner is None:
             return None
         first, trial_id, given_up = combination.trials[0], self._id(combination.number), None
-        for step, value in curve(phase_folder(first.recipe, first.scored.name), self.sweep.metric).items():
-            told = self.storage.get_trial(trial_id)
-            if step in told.intermediate_values or told.state != TrialState.RUNNING:
-                continue
-            self.storage.set_trial_intermediate_value(trial_id, step, value)
+        told = self.storage.get_trial(trial_id)
+        if told.state != TrialState.RUNNING:
+            return None
+        scores = curve(phase_folder(first.recipe, first.scored.name), self.sweep.metric)
+        for step in sorted(scores.keys() - told.intermediate_values.keys()):
+            self.storage.set_trial_intermediate_value(trial_id, step, scores[step])
             if given_up is None and self.study.pruner.prune(self.study, self.storage.get_trial(trial_id)):
                 given_up = step
         return given_up

@@ -96,9 +96,7 @@ class Sweep(Strict):
                 "give sampler: tpe (or random) and trials, or a list of values"
             )
         if self.sampler == "grid" and self.trials is not None:
-            raise ValueError(
-                f"trials: a grid is tried as a whole, found trials: {self.trials}; give sampler: tpe (or random), or leave it out"
-            )
+            raise ValueError(f"trials: a grid is tried as a whole, found {self.trials}; leave it out, or give sampler: tpe (or random)")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError(f"trials: expected how many combinations {self.sampler} proposes, found none")
         return self
