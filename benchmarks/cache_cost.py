@@ -3,9 +3,10 @@
     python benchmarks/cache_cost.py --data FOLDER --work FOLDER [--rows 256] [--rounds 3] [--save benchmarks/results]
 
 FOLDER of --data holds ``data/`` and ``teachers/`` as recipes/sst2/dump.yaml names them. The trials are TRIALS; in each round the teacher
-answers once into a fresh copy of the rows (the dump), and every trial trains twice, from that store and with ``teacher: {online: ...}``, in
-random order, each in a process of its own. The same rows, steps, student and evaluation; teacher and student compute in bfloat16. The
-dump's features are those of all trials together, as `student-train needs` prints them. A run that was stopped goes on where it was.
+answers once into a fresh copy of the rows (the dump), and every trial trains twice, from that store and with ``teacher: {online: ...}``, one
+after the other, each in a process of its own. The same rows, steps, student and evaluation (before and after training); teacher and student
+compute in bfloat16. The dump's features are those of all trials together, as `student-train needs` prints them. A run that was stopped goes
+on where it was.
 
 Figures of a process: wall and CPU seconds with Python's start (of `loop` without: optimiser steps, or from the teacher's first answer on);
 seconds spent on the teacher's answers, computed or read and derived; anonymous resident memory at its most (seen every 3 ms); and the
@@ -41,6 +42,7 @@ TRIALS: dict[str, list[Tree]] = {
 }
 TEACHER = {"model": "teachers/sst2", "head": "classification", "dtype": "bfloat16"}
 EPOCHS, BATCH, HELD_OUT = 2, 32, 128
+QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "eval_strategy": "no"}
 
 
 def train_recipe(name: str, way: str, output: Path) -> Tree:
@@ -48,14 +50,14 @@ def train_recipe(name: str, way: str, output: Path) -> Tree:
     store = {"store": "store" if way == "cached" else "rows", **({"pass_name": "sst2"} if way == "cached" else {})}
     phase: Tree = {
         "name": "student",
-        "student": {"layers": [2, 4, 6]},
+        "student": {"layers": [2, 4, 6], "source": TEACHER["model"]},
         "data": [store],
         "methods": TRIALS[name],
         "evaluate": [{**store, "split": "dev"}],
         "metrics": ["accuracy", "agreement"],
         "epochs": EPOCHS,
         "batch_rows": BATCH,
-        "trainer": {"learning_rate": 5e-5, "bf16": True, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
+        "trainer": {"learning_rate": 5e-5, "bf16": True, "use_cpu": True, **QUIET},
     }
     return {"output": str(output), "phases": [{**phase, **({"teacher": {"online": TEACHER}} if way == "live" else {})}]}
 
@@ -110,20 +112,22 @@ def measured(package: str, recipe: str) -> Tree:
 
 def runs(rounds: int, found: dict[str, Tree]) -> Iterator[tuple[str, Tree]]:
     """Name and figures of each run that is not ``found`` yet."""
-    trials = [f"{name} {way}" for name in TRIALS for way in ("cached", "live")]
     for number in range(rounds):
-        left = [name for name in trials if f"{number} {name}" not in found]
+        pairs = [(trial, way) for _, trial in shuffled(list(TRIALS), [number]) for way in ways(number, trial)]
+        left = [(trial, way) for trial, way in pairs if f"{number} {trial} {way}" not in found]
         if f"{number} dump" not in found or (left and not Path("store").exists()):
             shutil.rmtree("store", ignore_errors=True)
             shutil.copytree("rows", "store")
             yield f"{number} dump", measured("teacher_dump", "dump.yaml")
-        for _, name in shuffled(trials, [number]):
-            if name not in left:
-                continue
-            method, way = name.split()
+        for trial, way in left:
             shutil.rmtree("out", ignore_errors=True)
-            Path("trial.yaml").write_text(yaml.safe_dump(train_recipe(method, way, Path("out"))))
-            yield f"{number} {name}", measured("student_train", "trial.yaml")
+            Path("trial.yaml").write_text(yaml.safe_dump(train_recipe(trial, way, Path("out"))))
+            yield f"{number} {trial} {way}", measured("student_train", "trial.yaml")
+
+
+def ways(number: int, trial: str) -> tuple[str, str]:
+    """Both ways of a trial, one after the other, so that what disturbs one disturbs the other: the order changes from round to round."""
+    return ("cached", "live") if (number + list(TRIALS).index(trial)) % 2 else ("live", "cached")
 
 
 FIELDS = ("wall", "cpu", "loop_wall", "loop_cpu", "answers_wall", "answers_cpu", "anonymous_mb", "teacher_flops", "teacher_tokens")
