@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from torch.nn import functional
 
@@ -172,21 +170,27 @@ def accuracy(logits_RC: Array, labels_R: Array) -> float:
 
 
 def f1(logits_RC: Array, labels_R: Array) -> float:
+    from sklearn.metrics import f1_score  # scikit-learn and scipy take a second, and few runs need them
+
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
-    return float(sklearn_metrics.f1_score(labels_R.astype(int), _predicted(logits_RC), average="binary", zero_division=0.0))
+    return float(f1_score(labels_R.astype(int), _predicted(logits_RC), average="binary", zero_division=0.0))
 
 
 def macro_f1(logits_RC: Array, labels_R: Array) -> float:
+    from sklearn.metrics import f1_score
+
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
     classes = list(range(logits_RC.shape[1]))
     predicted = _predicted(logits_RC)
     present = [c for c in classes if (labels_R == c).any() or (predicted == c).any()]
-    return float(sklearn_metrics.f1_score(labels_R.astype(int), predicted, labels=present, average="macro", zero_division=0.0))
+    return float(f1_score(labels_R.astype(int), predicted, labels=present, average="macro", zero_division=0.0))
 
 
 def matthews(logits_RC: Array, labels_R: Array) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
-    return float(sklearn_metrics.matthews_corrcoef(labels_R.astype(int), _predicted(logits_RC)))
+    return float(matthews_corrcoef(labels_R.astype(int), _predicted(logits_RC)))
 
 
 def _correlation(statistic: Callable[[Array, Array], Any], a: Array, b: Array) -> float:
@@ -195,18 +199,22 @@ def _correlation(statistic: Callable[[Array, Array], Any], a: Array, b: Array) -
 
 
 def pearson(logits_RC: Array, labels_R: Array) -> float:
+    from scipy.stats import pearsonr
+
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
-    return _correlation(lambda a, b: stats.pearsonr(a, b).statistic, logits_RC[:, 0], labels_R)
+    return _correlation(lambda a, b: pearsonr(a, b).statistic, logits_RC[:, 0], labels_R)
 
 
 def spearman(logits_RC: Array, labels_R: Array) -> float:
+    from scipy.stats import spearmanr
+
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
-    return _correlation(lambda a, b: stats.spearmanr(a, b).statistic, logits_RC[:, 0], labels_R)
+    return _correlation(lambda a, b: spearmanr(a, b).statistic, logits_RC[:, 0], labels_R)
 
 
 def mse(logits_RC: Array, labels_R: Array) -> float:
     logits_RC, labels_R = _labelled(logits_RC, labels_R)
-    return float(sklearn_metrics.mean_squared_error(labels_R, logits_RC[:, 0]))
+    return float(np.mean((labels_R - logits_RC[:, 0]) ** 2))
 
 
 def perplexity(nll_N: Array) -> float:
@@ -249,13 +257,14 @@ def task_kl(logits_RC: Array, teacher_RC: Array) -> float:
 
 def similarity_spearman(student_RW: Array, teacher_RW: Array) -> float:
     """Spearman correlation, over all pairs of rows, of the two sides' cosine similarities."""
+    from scipy.stats import spearmanr
 
     def similarities(vectors: Array) -> Array:
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return (unit @ unit.T)[np.triu_indices(len(unit), 1)]
 
     pair = similarities(student_RW[:SIMILARITY_ROWS]), similarities(teacher_RW[:SIMILARITY_ROWS])
-    return _correlation(lambda a, b: stats.spearmanr(a, b).statistic, *pair)
+    return _correlation(lambda a, b: spearmanr(a, b).statistic, *pair)
 
 
 _CLASSES = ("classification", "token")
