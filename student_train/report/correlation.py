@@ -43,5 +43,11 @@ def mean_coefficient(name: str, pairs: Iterable[tuple[Series, Series]]) -> float
     return float(np.mean(found)) if found else None
 
 
+def by_chance(checkpoints: int) -> float:
+    """What the absolute value of Pearson's coefficient of so many pairs of independent normal values exceeds in one of 20 cases."""
+    t = float(stats.t.ppf(0.975, checkpoints - 2))
+    return t / (checkpoints - 2 + t**2) ** 0.5
+
+
 def _is_constant(values: Sequence[float]) -> bool:
     return float(np.ptp(values)) <= _CONSTANT * float(np.max(np.abs(values)))

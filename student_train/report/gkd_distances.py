@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from student_train.report.checkpoints import Checkpoints, Distance, Series, paired, probed
-from student_train.report.correlation import COEFFICIENTS, FEWEST, coefficient, mean_coefficient
+from student_train.report.correlation import COEFFICIENTS, FEWEST, by_chance, coefficient, mean_coefficient
 from student_train.report.drawing import WIDTH
 from student_train.report.heat_map import ROW, Cells, draw, printed
 from student_train.report.runs import Runs
@@ -48,6 +48,7 @@ def gkd_distances(runs: Runs) -> Section | None:
         "Spearman and Pearson coefficients between each distance of teacher and student and the training loss (left) or a held-out score "
         "(right), over the checkpoints of a run; of several runs, the mean of their coefficients. +1: they fall and rise together; "
         "with a score of which more is better, -1 says the same. What a distance was not trained on can follow all the same.",
+        *_caution(enough),
         *lacking(found),
     ]
     pictures, tables = [], []
@@ -67,6 +68,17 @@ def by_phase(found: Sequence[Checkpoints]) -> list[tuple[str, list[Checkpoints]]
 def checkpoints(one: Checkpoints) -> int:
     """The steps at which distances were taken."""
     return len({step for series in one.distances.values() for step in series})
+
+
+def _caution(found: Sequence[Checkpoints]) -> list[str]:
+    """How far a coefficient can be trusted."""
+    if not found:
+        return []
+    least = min(checkpoints(one) for one in found)
+    return [
+        f"Over {least} checkpoints, one of 20 coefficients of values that have nothing to do with each other is beyond "
+        f"±{by_chance(least):.2f}; and all that falls as training goes on goes together, whatever causes what."
+    ]
 
 
 def lacking(found: Sequence[Checkpoints]) -> list[str]:

@@ -60,6 +60,7 @@ def _draw(found: Mapping[str, Lines]) -> Figure:
         for number, one, line in lines:
             shares = [step / line.steps[-1] for step in line.steps]
             (known[one.method],) = axis.plot(shares, line.values, color=series(number), linestyle=dash(number))
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 6))
     return figure
 

@@ -71,6 +71,8 @@ def _draw(one: WordCounts) -> Figure:
             f"{len(one.kept):,} kept words: {one.covered:.1%}", (len(one.kept), 0.08), (-4, 0),
             textcoords="offset points", ha="right", fontsize=8,
         )  # fmt: skip
+    for axis in (left, right):
+        axis.minorticks_off()
     return figure
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from student_train.report import drawing
 from student_train.report.checkpoints import Checkpoints, Distance, probed
-from student_train.report.correlation import coefficient, mean_coefficient
+from student_train.report.correlation import by_chance, coefficient, mean_coefficient
 from student_train.report.gkd_distances import ROWS, Target, cells, gkd_distances, pooled
 from student_train.report.heat_map import printed
 from student_train.report.runs import Phase, Run, Runs
@@ -181,3 +181,9 @@ def test_a_mean_over_runs_leaves_those_without_a_coefficient_out() -> None:
     steps = dict(enumerate(LOSSES))
     assert mean_coefficient("Spearman", [(steps, steps), (steps, {}), ({}, steps)]) == pytest.approx(1)
     assert mean_coefficient("Spearman", [({}, {})]) is None
+
+
+@pytest.mark.parametrize(("checkpoints", "critical"), [(4, 0.950), (6, 0.811), (10, 0.632), (22, 0.423)])
+def test_what_chance_alone_exceeds_is_the_critical_value_of_the_tables(checkpoints: int, critical: float) -> None:
+    """Two-sided, 5 %, n - 2 degrees of freedom: as in the appendices of textbooks."""
+    assert by_chance(checkpoints) == pytest.approx(critical, abs=0.0005)
