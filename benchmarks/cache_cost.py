@@ -3,10 +3,10 @@
     python benchmarks/cache_cost.py --data FOLDER --work FOLDER [--rows 256] [--rounds 3] [--save benchmarks/results]
 
 FOLDER of --data holds ``data/`` and ``teachers/`` as recipes/sst2/dump.yaml names them. The trials are TRIALS; in each round the teacher
-answers once into a fresh copy of the rows (the dump), and every trial trains twice, from that store and with ``teacher: {online: ...}``, one
-after the other, each in a process of its own. The same rows, steps, student and evaluation (before and after training); teacher and student
-compute in bfloat16. The dump's features are those of all trials together, as `student-train needs` prints them. A run that was stopped goes
-on where it was.
+answers once into a fresh copy of the rows (the dump), and every trial trains twice, from that store and with ``teacher: {online: ...}``,
+one after the other, each in a process of its own. The same rows, steps, student and evaluation (before and after training); teacher and
+student compute in bfloat16. The dump's features are those of all trials together, as `student-train needs` prints them. A run that was
+stopped goes on where it was.
 
 Figures of a process: wall and CPU seconds with Python's start (of `loop` without: optimiser steps, or from the teacher's first answer on);
 seconds spent on the teacher's answers, computed or read and derived; anonymous resident memory at its most (seen every 3 ms); and the

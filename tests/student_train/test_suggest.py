@@ -143,6 +143,23 @@ def test_a_large_decoder_and_a_small_disk_lead_to_few_words(tmp_path: Path, advi
     assert own["stored"] == []
 
 
+def test_a_pretrained_student_is_taken_as_it_is(bert: Folder, advice: Advice, tmp_path: Path) -> None:
+    BertConfig(architectures=["BertModel"], num_hidden_layers=4, hidden_size=312, num_attention_heads=12).save_pretrained(
+        tmp_path / "small"
+    )
+    found = advice("--teacher", bert("ForSequenceClassification"), "--rows", "1000", "--student", tmp_path / "small")
+    first = found["methods"][0]
+    assert first["phases"] == [["att_mse"], ["kd"]]  # as many heads, another width
+    assert first["train"]["phases"][0]["student"] == {
+        "model": {"model": str(tmp_path / "small"), "head": "classification", "new_head": True}
+    }
+    assert first["train"]["phases"][0]["methods"] == [{"name": "att_mse"}]  # by its own map: no block is one of the teacher's
+    assert first["unit_bytes"] == {"token": 4 * 768 * 2, "row": 4}
+    starts = [one["advice"] for one in found["advice"] if one["about"] == "start"]
+    assert len(starts) == 1
+    assert "keeps its own weights" in starts[0]
+
+
 def test_scores_of_one_number_are_a_regression(bert: Folder, advice: Advice) -> None:
     found = advice("--teacher", bert("ForSequenceClassification", num_labels=1), "--rows", "5749")
     assert found["task"] == "regression"
@@ -161,8 +178,9 @@ def test_what_does_not_fit_the_disk_stands_behind_what_does(bert: Folder, advice
 
 def test_the_pasted_recipe_reads_what_the_pasted_dump_holds(bert: Folder, program: Program, tmp_path: Path) -> None:
     teacher = bert("ForSequenceClassification")
-    code, out, err = program("suggest", "--teacher", teacher, "--rows", "1000", "--bandwidth", "1e12")
+    code, out, err = program("suggest", "--teacher", teacher, "--rows", "1000", "--bandwidth", "1e12", "--hours", "1e-6")
     assert code == 0, err
+    assert out.count("MORE THAN 1e-06 HOURS") == 4  # each of the methods
     dump, train = re.search(r"docs/recipes.md\):\n(.*?)# for student-train run:\n(.*)", out, re.S).groups()  # type: ignore[union-attr]
     recipe = tmp_path / "train.yaml"
     recipe.write_text(train)
