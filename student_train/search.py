@@ -46,6 +46,9 @@ class Range(Strict):
             raise ValueError(f"expected high to be some steps above low, found {self.low}, {self.high} and the step {self.step}")
         return self
 
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}{', in orders of magnitude' if self.log else f' in steps of {self.step}' if self.step else ''}"
+
     @property
     def whole(self) -> bool:
         """Whether its numbers are whole."""

@@ -206,7 +206,7 @@ class Study:
     def _keep_proposed(self) -> None:
         """Write down what was proposed, for the study that comes after this one."""
         if self.sweep.sampler != "grid":
-            chosen = [choice for one in self._proposals() if (choice := self._choice(one)) is not None]
+            chosen = [choice for one in self._proposals() if (choice := self._choice(one)) is not None and REFUSED not in one.user_attrs]
             each = {text(choice): choice for choice in (*_read_proposed(self.sweep), *chosen)}
             replace(self.sweep.output / PROPOSED, json.dumps(list(each.values()), indent=1).encode())
 

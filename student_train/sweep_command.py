@@ -1,9 +1,14 @@
 """The command ``student-train sweep``."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from student_train.sweep import Sweep, Trial
 
 FAILED = 1
 """Exit code of a sweep that is over, and some of whose trials failed."""
@@ -20,6 +25,11 @@ A sweep is a YAML file; paths are relative to the folder that it is started in:
   seeds: [0, 1, 2]
   metric: accuracy                    # -task_kl: lower is better
   devices: [cuda:0, cuda:1]           # a trial at a time on each
+To search instead of trying all:
+    phases.0.trainer.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}
+  sampler: tpe                        # or random
+  trials: 30                          # combinations to propose
+  pruner: median                      # ends poor ones early
 See docs/sweeps.md.
 """
 
@@ -30,12 +40,13 @@ See docs/sweeps.md.
 @click.option("--print", "only_print", is_flag=True, help="Print the trials, and train none.")
 @click.option("--retry", is_flag=True, help="Try those trials again that have failed.")
 def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool) -> None:
-    """Train every combination of the values in SWEEP with every seed, and rank them; or go on where an earlier sweep stopped.
+    """Train combinations of the values in SWEEP with every seed, and rank them; or go on where an earlier sweep stopped.
 
-    Every combination is checked before the first one trains, down to the features that stores must hold. Each trial is a process of its
-    own, student-train run on OUTPUT/recipes/TRIAL.yaml. Finished trials are skipped, interrupted ones go on from their checkpoints. The
-    same command in other terminals, or on other machines that see the same folders, joins in. A trial that fails is recorded in
-    OUTPUT/trials.json, and the others go on; the exit code is then 1.
+    All combinations of a grid are tried; from ranges a sampler proposes what to try next. Before the first one trains they are checked (of
+    a search its corners), down to the features that stores must hold. Each trial is a process of its own, student-train run on
+    OUTPUT/recipes/TRIAL.yaml. Finished trials are skipped, interrupted ones go on from their checkpoints. The same command in other
+    terminals, or on other machines that see the same folders, joins in. A trial that fails is recorded in OUTPUT/trials.json, and the
+    others go on; the exit code is then 1.
     """
     from store.strict import load_yaml, read_yaml
     from student_train.sweep import Sweep, trials, trials_of
@@ -43,10 +54,7 @@ def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool
     loaded = load_yaml(Sweep, sweep, overrides)
     tried = trials(loaded)
     if only_print:
-        if loaded.sampler != "grid":
-            click.echo(f"{loaded.sampler} proposes {loaded.trials} combinations as the sweep goes; before it, these are checked:")
-        for number, trial in enumerate(tried, 1):
-            click.echo(f"{number}  {trial}  {trial.name}" if loaded.sampler == "grid" else f"{trial}")
+        click.echo("\n".join(_listed(loaded, tried)))
         return
     from student_train.ranking import table
     from student_train.study import known
@@ -60,3 +68,16 @@ def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool
     if failed := [row for row in rows if row.state == "failed"]:
         click.echo(f"{len(failed)} of {len(rows)} trials failed: see trials.json and logs/ in {loaded.output}; --retry tries them again")
         sys.exit(FAILED)
+
+
+def _listed(sweep: "Sweep", tried: "Sequence[Trial]") -> list[str]:
+    """A grid's trials; of another sweep what it searches and the corners that are checked beforehand."""
+    from student_train.search import Range, labels
+    from student_train.sweep import combination
+
+    if sweep.sampler == "grid":
+        return [f"{number}  {trial}  {trial.name}" for number, trial in enumerate(tried, 1)]
+    seeds = f"seed{'s' if len(sweep.seeds) > 1 else ''} {', '.join(map(str, sweep.seeds))}"
+    searched = [f"  {key}: {one if isinstance(one, Range) else ', '.join(labels(one))}" for key, one in sweep.search.items()]
+    corners = [f"  {combination(trial.parameters)}" for trial in tried if trial.seed == sweep.seeds[0]]
+    return [f"{sweep.sampler} proposes {sweep.trials} combinations, each with {seeds}:", *searched, "checked before that:", *corners]
