@@ -107,13 +107,15 @@ def _map_relations(one: Comparison, student: Features, teacher: Features, batch:
     return map_mse(student_BHTT, teacher_BHTT, seen_B1TS), seen_B1TS.sum()
 
 
-def _attention(one: Comparison, student: Features, teacher: Features, seen_B1TS: Tensor) -> list[Tensor]:
+def _attention(one: Comparison, student: Features, teacher: Features, seen_B1TS: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, T, S] of both sides, 0 where a pair is not seen; the mean of a side's heads where there are not as many on the other."""
-    maps = [
+    student_BHTS, teacher_BHTS = (
         dense(features, key).float().masked_fill(~seen_B1TS, 0)
         for features, key in ((student, one.student_key), (teacher, one.teacher_key))
-    ]
-    return maps if one.student.heads == one.teacher.heads else [x_BHTS.mean(1, keepdim=True) for x_BHTS in maps]
+    )
+    if one.student.heads == one.teacher.heads:
+        return student_BHTS, teacher_BHTS
+    return student_BHTS.mean(1, keepdim=True), teacher_BHTS.mean(1, keepdim=True)
 
 
 def _soft(one: Comparison, student: Features, teacher: Features, batch: Batch) -> Part:

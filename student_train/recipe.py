@@ -253,9 +253,9 @@ class PhaseSpec(Strict):
     @property
     def probed(self) -> DataSpec | None:
         """Where the probe's rows are; None without a probe."""
-        if self.probe is None or self.probe.data is not None:
-            return self.probe and self.probe.data
-        return next((data for data in (*self.evaluate, *self.data) if data.answers), self.data[0])
+        if self.probe is None:
+            return None
+        return self.probe.data or next((data for data in (*self.evaluate, *self.data) if data.answers), self.data[0])
 
     @property
     def read(self) -> tuple[DataSpec, ...]:
