@@ -24,7 +24,7 @@ Choice = dict[str, str | int | float]
 """Key of ``search`` -> label."""
 
 
-class Range(Strict):
+class NumberRange(Strict):
     """Numbers from ``low`` to ``high``, both included; whole ones where ``low``, ``high`` and ``step`` are whole."""
 
     low: Number
@@ -35,7 +35,7 @@ class Range(Strict):
     """Only ``low`` and every further ``step``."""
 
     @model_validator(mode="after")
-    def _is_a_range(self) -> "Range":
+    def _is_a_range(self) -> "NumberRange":
         if not self.low < self.high:
             raise ValueError(f"expected low below high, found {self.low} and {self.high}")
         if self.log and self.low <= 0:
@@ -72,7 +72,7 @@ class Range(Strict):
 
 
 def _tried(value: object) -> object:
-    if not isinstance(value, list | tuple | dict | Range):
+    if not isinstance(value, list | tuple | dict | NumberRange):
         raise ValueError("expected a list of values, alternatives by name, or a range with low and high")
     return value
 
@@ -80,7 +80,7 @@ def _tried(value: object) -> object:
 def _kind(value: object) -> str:
     """The member of the union that is meant: what gives ``low`` or ``high`` a number is a range, and no alternatives of these names."""
     if not isinstance(value, dict):
-        return f"{MEMBER}{'range' if isinstance(value, Range) else 'values'}"
+        return f"{MEMBER}{'range' if isinstance(value, NumberRange) else 'values'}"
     ends = [value[name] for name in ("low", "high") if name in value]
     return f"{MEMBER}{'range' if any(not isinstance(end, dict) for end in ends) else 'alternatives'}"
 
@@ -88,11 +88,11 @@ def _kind(value: object) -> str:
 Tried = Annotated[
     Annotated[Values, Tag(f"{MEMBER}values")]
     | Annotated[Alternatives, Tag(f"{MEMBER}alternatives")]
-    | Annotated[Range, Tag(f"{MEMBER}range")],
+    | Annotated[NumberRange, Tag(f"{MEMBER}range")],
     Discriminator(_kind),
     BeforeValidator(_tried),
 ]
-Search = Mapping[str, tuple[object, ...] | dict[str, dict[str, object]] | Range]
+Search = Mapping[str, tuple[object, ...] | dict[str, dict[str, object]] | NumberRange]
 
 
 def labels(tried: tuple[object, ...] | dict[str, dict[str, object]]) -> dict[str, object]:
@@ -125,7 +125,7 @@ def set_keys(search: Search) -> set[str]:
 
 def grid(search: Search) -> Iterator[Choice]:
     """All combinations of lists and alternatives, in the order of the file."""
-    each = [list(labels(tried)) for tried in search.values() if not isinstance(tried, Range)]
+    each = [list(labels(tried)) for tried in search.values() if not isinstance(tried, NumberRange)]
     assert len(each) == len(search)
     for combined in product(*each):
         yield dict(zip(search, combined, strict=True))
@@ -136,7 +136,7 @@ def corners(search: Search) -> list[Choice]:
     then each other value and high end by itself."""
     named = {key: tried for key, tried in search.items() if isinstance(tried, dict)}
     rest: dict[str, list[str | int | float]] = {
-        key: [tried.low, tried.high] if isinstance(tried, Range) else list(labels(tried))
+        key: [tried.low, tried.high] if isinstance(tried, NumberRange) else list(labels(tried))
         for key, tried in search.items()
         if not isinstance(tried, dict)
     }
@@ -149,7 +149,7 @@ def corners(search: Search) -> list[Choice]:
 def fits(search: Search, choice: Mapping[str, object]) -> bool:
     """Whether ``search`` could propose ``choice``."""
     return choice.keys() == search.keys() and all(
-        tried.holds(choice[key]) if isinstance(tried, Range) else choice[key] in labels(tried) for key, tried in search.items()
+        tried.holds(choice[key]) if isinstance(tried, NumberRange) else choice[key] in labels(tried) for key, tried in search.items()
     )
 
 

@@ -30,7 +30,7 @@ from store.publish import replace
 from store.strict import read_yaml
 from student_train.output import phase_folder
 from student_train.pruning import curve, made
-from student_train.search import Choice, Range, fits, grid, labels, text
+from student_train.search import Choice, NumberRange, fits, grid, labels, text
 from student_train.sweep import Sweep, Trial, trials_of
 from student_train.trial import score, state, turn
 
@@ -178,7 +178,8 @@ class Study:
         if chosen.keys() != self.sweep.search.keys():
             return None
         return {
-            key: tried.number(chosen[key]) if isinstance(tried, Range) else str(chosen[key]) for key, tried in self.sweep.search.items()
+            key: tried.number(chosen[key]) if isinstance(tried, NumberRange) else str(chosen[key])
+            for key, tried in self.sweep.search.items()
         }
 
     def _trials(self, one: FrozenTrial) -> tuple[Trial, ...]:
@@ -236,8 +237,8 @@ def _name(sweep: Sweep) -> str:
     return f"{sweep.output.name}-{file.read_text(encoding='utf-8').strip()}-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]}"
 
 
-def _distribution(tried: tuple[object, ...] | dict[str, dict[str, object]] | Range) -> BaseDistribution:
-    if not isinstance(tried, Range):
+def _distribution(tried: tuple[object, ...] | dict[str, dict[str, object]] | NumberRange) -> BaseDistribution:
+    if not isinstance(tried, NumberRange):
         return CategoricalDistribution(tuple(labels(tried)))
     if tried.whole:
         return IntDistribution(int(tried.low), int(tried.high), tried.log, int(tried.step or 1))

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from store.strict import Strict, brief, parse, read_yaml, set_value
 from student_train.pruning import Pruner
 from student_train.recipe import PhaseSpec, TrainRecipe
-from student_train.search import Choice, Range, Tried, corners, grid, parameters, set_keys, settings, text
+from student_train.search import Choice, NumberRange, Tried, corners, grid, parameters, set_keys, settings, text
 
 _LONGEST = 100
 """Letters of a trial's name before its hash: file systems take 255."""
@@ -89,7 +89,7 @@ class Sweep(Strict):
 
     @model_validator(mode="after")
     def _has_a_sampler(self) -> "Sweep":
-        ranges = [key for key, tried in self.search.items() if isinstance(tried, Range)]
+        ranges = [key for key, tried in self.search.items() if isinstance(tried, NumberRange)]
         if self.sampler == "grid" and ranges:
             raise ValueError(
                 f"search: a grid has no end of numbers between low and high, found the range {ranges[0]}: "

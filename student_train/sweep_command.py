@@ -72,12 +72,12 @@ def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool
 
 def _listed(sweep: "Sweep", tried: "Sequence[Trial]") -> list[str]:
     """A grid's trials; of another sweep what it searches and the corners that are checked beforehand."""
-    from student_train.search import Range, labels
+    from student_train.search import NumberRange, labels
     from student_train.sweep import combination
 
     if sweep.sampler == "grid":
         return [f"{number}  {trial}  {trial.name}" for number, trial in enumerate(tried, 1)]
     seeds = f"seed{'s' if len(sweep.seeds) > 1 else ''} {', '.join(map(str, sweep.seeds))}"
-    searched = [f"  {key}: {one if isinstance(one, Range) else ', '.join(labels(one))}" for key, one in sweep.search.items()]
+    searched = [f"  {key}: {one if isinstance(one, NumberRange) else ', '.join(labels(one))}" for key, one in sweep.search.items()]
     corners = [f"  {combination(trial.parameters)}" for trial in tried if trial.seed == sweep.seeds[0]]
     return [f"{sweep.sampler} proposes {sweep.trials} combinations, each with {seeds}:", *searched, "checked before that:", *corners]

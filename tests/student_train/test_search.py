@@ -9,7 +9,7 @@ import pytest
 
 from store.strict import load_yaml
 from student_train.pruning import Pruner, best, curve
-from student_train.search import Range, corners, fits, grid, labels, parameters, settings
+from student_train.search import NumberRange, corners, fits, grid, labels, parameters, settings
 from student_train.sweep import Sweep, trials
 
 RATE = "phases.0.trainer.learning_rate"
@@ -33,17 +33,17 @@ def loaded(tiny_sweep: ModuleType, folder: Path, **changes: object) -> Sweep:
     ],
 )
 def test_a_range_is_whole_where_all_its_numbers_are(given: dict[str, object], whole: bool) -> None:
-    assert Range.model_validate(given).whole is whole
+    assert NumberRange.model_validate(given).whole is whole
 
 
 def test_proposed_numbers_are_short_and_stay_in_their_range() -> None:
-    rates = Range(low=1.00004e-5, high=9.99996e-4, log=True)
+    rates = NumberRange(low=1.00004e-5, high=9.99996e-4, log=True)
     assert rates.number(2.34567e-5) == 2.346e-5
     assert (rates.number(1.00004e-5), rates.number(9.99996e-4)) == (1.00004e-5, 9.99996e-4)  # and not 1e-5 and 1e-3
-    tenths = Range(low=0, high=1, step=0.1)
+    tenths = NumberRange(low=0, high=1, step=0.1)
     assert [tenths.number(number * 0.1) for number in range(11)] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert [tenths.holds(number) for number in (0.3, 0.35, 1.1, True, "0.3")] == [True, False, False, False, False]
-    threes = Range(low=2, high=8, step=3)
+    threes = NumberRange(low=2, high=8, step=3)
     assert [number for number in range(-3, 12) if threes.holds(number)] == [2, 5, 8]
     assert not threes.holds(5.0)
 
