@@ -71,10 +71,11 @@ def comparisons(runs: Runs) -> Section | None:
     if most < 2:
         verdict = "There is one seed: no test can be made over seeds, and nothing is resolved. Train each combination with more seeds."
     else:
+        none = f"none of the {len(found)} pairs of methods differs" if len(found) > 1 else f"{first} and {found[0].other} don't differ"
         verdict = (
             f"Resolved: {len(resolved)} of {len(found)} pairs of methods."
             if resolved
-            else f"Not resolved: of none of the {len(found)} pairs of methods can it be said which is better, with {most} seeds."
+            else f"Not resolved: with {most} seeds {none} by more than chance could."
         )
     text = (
         verdict,
@@ -122,7 +123,7 @@ def _of_rows(one: Combination, metric: str) -> _OfRows:
 
 
 def _table(name: str, found: Sequence[Comparison], note: str, *, folded: bool = False) -> Table:
-    header = ("pair", "seeds", "difference", "p", "p, Holm", "interval over seeds", "interval over rows", "verdict")
+    header = ("pair", "seeds", "difference", "p", "p, Holm", "interval over seeds", "interval over rows", "rows", "verdict")
     lines = [
         (
             f"{one.one} - {one.other}",
@@ -131,7 +132,8 @@ def _table(name: str, found: Sequence[Comparison], note: str, *, folded: bool = 
             "" if one.p is None else f"{one.p:.3g}",
             "" if one.corrected is None else f"{one.corrected:.3g}",
             _interval(one.over_seeds),
-            f"{_interval(one.over_rows)} of {one.rows:,}" if one.over_rows else "",
+            _interval(one.over_rows),
+            f"{one.rows:,}" if one.rows else "",
             _verdict(one),
         )
         for one in found

@@ -9,6 +9,7 @@ from math import ceil
 from statistics import fmean
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from student_train.report.colours import dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
@@ -21,7 +22,6 @@ POINTS = 120
 METHODS = 8
 """Methods that are drawn, the best ones: as many as there are colours."""
 _PANELS = 24
-_COLUMNS = 3
 HEIGHT = 2.0
 GRADIENT = "gradient/"
 _NO_TERMS = frozenset({"step", "epoch", "learning_rate", "tokens_per_second", "loader_wait", "wait_fraction", "grad_norm"})
@@ -136,6 +136,8 @@ def _by_method(name: str, said: str, shown: Sequence[Combination], phase: str, n
     def draw(axes: Axes, place: int) -> None:
         axes.set_title(shown[place].method)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         for number, norm in enumerate(names):
             found = curve(shown[place], phase, norm)
             if any(value > 0 for value in found.values):
@@ -152,7 +154,7 @@ def _line(axes: Axes, found: Curve, label: str, number: int) -> None:
 
 def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None]) -> Picture:
     """``count`` panels and one legend for all of them."""
-    columns = min(_COLUMNS, count)
+    columns = min(4 if count % 4 == 0 or count % 3 == 1 else 3, count)  # so that few panels stand alone
     rows = ceil(count / columns)
     figure, axes = panels(rows, columns, HEIGHT)
     known: dict[str, object] = {}

@@ -114,10 +114,7 @@ def _picture(best: Sequence[Combination], runs: Runs) -> Picture:
     axes.set_ylim(len(best) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(runs.metric)
-    said = (
-        f"{runs.metric} of the best combination of each method: a dot for each seed, a bar at their mean, a line one standard deviation "
-        "either way."
-    )
+    said = "The best combination of each method: a dot for each seed, a bar at their mean, a line one standard deviation either way."
     return Picture("leaderboard", said, figure)
 
 

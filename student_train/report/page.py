@@ -9,7 +9,7 @@ from student_train.report.section import Picture, Section, Table
 
 _NUMBER = re.compile(
     r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?: ± \d+\.\d+)?(?: of \d+)?(?: (?:%|s|min|h|days|[kMGT]?B))?"
-    r"|[-+][\d.]+ to [-+][\d.]+(?: of [\d,]+)?"
+    r"|[-+][\d.]+ to [-+][\d.]+"
 )
 """Cells that stand at the right edge of their columns."""
 
