@@ -46,6 +46,8 @@ def report(found: Suggested) -> Iterator[str]:
             yield from _wrapped("  - ", f"{rule.advice}. [{rule.source}]")
     if best := found.best:
         yield from _recipes(best)
+    else:
+        yield "\nno store fits the disk: train with the teacher at work (docs/online.md)"
 
 
 def plain(found: Suggested) -> dict[str, object]:
@@ -97,13 +99,17 @@ def _method(number: int, one: Suggestion, found: Suggested) -> Iterator[str]:
         each = ", ".join(f"{count:,} B a {unit}" for unit, count in one.unit_bytes.items())
         keys = [str(key) for key in one.stored]
         shown = " ".join(keys[:MOST_KEYS]) + (f" and {len(keys) - MOST_KEYS} more" if len(keys) > MOST_KEYS else "")
-        room = "" if one.fits(found.asked) else f"; MORE THAN THE DISK TAKES by {size(one.bytes - (found.asked.disk or 0))}"
+        room = "" if one.fits(found.asked) else _too_much(one, found.asked.disk or 0.0)
         yield from _wrapped("  keeps   ", f"{shown}: {each} in {DTYPE}; {size(one.bytes)}{room}")
         yield from _wrapped("  teacher ", _worth(one.passes, one.live))
     total = one.seconds
     over = f"; MORE THAN {found.asked.hours:g} HOURS" if found.asked.hours is not None and total > 3600 * found.asked.hours else ""
     yield f"  time    {duration(total)} with the student's own {duration(one.student_seconds)}{over}"
     yield f"  numbers as published: {one.rule.recipe}"
+
+
+def _too_much(one: Suggestion, disk: float) -> str:
+    return f"; MORE THAN THE DISK TAKES by {size(one.bytes - disk)}: keep it in int8, or have the teacher at work"
 
 
 def _worth(passes: Passes, live: bool) -> str:

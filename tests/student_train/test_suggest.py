@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import BertConfig, LlamaConfig
 
+from store.reader import Store
 from student_train.advice import CONDITIONS, RULES
 from student_train.methods import METHODS
 
@@ -124,6 +125,15 @@ def test_a_masked_language_model_is_told_words_at_every_token_as_glmd_has_them(b
     assert not first["recompute"]  # three epochs
     once = advice("--teacher", bert("ForMaskedLM"), "--tokens", "4.9e9", "--length", "512", "--epochs", "1", *students)
     assert once["methods"][0]["recompute"]
+
+
+def test_a_store_tells_how_much_text_there_is(words: Path, advice: Advice) -> None:
+    teacher = words.parent / "teacher"
+    width = json.loads((teacher / "config.json").read_text())["hidden_size"]
+    rows = Store.open(words).manifest.rows
+    found = advice("--teacher", teacher, "--store", words)
+    assert (found["rows"], found["tokens"]) == (rows.rows, rows.tokens)
+    assert found["methods"][0]["bytes"] == pytest.approx(rows.tokens * width * 2)
 
 
 def test_a_large_decoder_and_a_small_disk_lead_to_few_words(tmp_path: Path, advice: Advice) -> None:
