@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from student_train.report.colours import dash, series
+from student_train.report.colours import PAPER, dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
 from student_train.report.curves import METHODS, Curve, curve
 from student_train.report.drawing import panels
@@ -74,7 +74,7 @@ def _components(shown: Sequence[Combination]) -> Picture | None:
         _lines(axis, lines, one.method)
         if all(value > 0 for line in lines.values() for value in line.values):
             _logarithmic(axis)
-        axis.legend()
+        axis.legend(frameon=True, facecolor=PAPER.light, edgecolor="none", framealpha=0.8)
     return Picture("course-2", "Loss components in training: each term of the loss by method.", figure)
 
 

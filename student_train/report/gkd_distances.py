@@ -196,7 +196,8 @@ def by_method(found: Sequence[Checkpoints], against: Sequence[Target], among: Se
                 if pairs:
                     means[label(kind), method] = mean_coefficient("Spearman", pairs)
         draw(panel, means, [label(kind) for kind in kinds], methods, f"Spearman, {target.name}")
-        panel.tick_params(axis="x", labelrotation=45 if len(methods) > 4 else 0)
+        for name in panel.get_xticklabels() if len(methods) > 4 else ():
+            name.set(rotation=40, ha="right", rotation_mode="anchor")
         panel.tick_params(labelleft=panel is panels[0])
     return figure
 

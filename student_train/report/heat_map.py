@@ -13,6 +13,8 @@ Cells = Mapping[tuple[str, str], float | None]
 
 PRINTED = 13
 """Columns of a panel at most, of which a number fits into each cell."""
+CROWDED = 9
+"""Columns of a panel that names of layers fit under in the common size."""
 ROW = 0.24
 """Inches."""
 
@@ -32,6 +34,8 @@ def draw(axes: Axes, cells: Cells, rows: Sequence[str], columns: Sequence[str], 
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0)
+    if len(columns) > CROWDED:
+        axes.tick_params(axis="x", labelsize=6.5)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
