@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from student_train.arguments import training_arguments
 from student_train.bundle import Bundle
 from student_train.carry import carry, check_carried, dropped, keep
 from student_train.child import run_child
+from student_train.cost import cost
 from student_train.data import Source, survey
 from student_train.evaluate import HeldOut, answered, evaluate, held_out_rows
 from student_train.export import Lineage, export
@@ -213,10 +215,12 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
             before = read_start(recipe, phase) or measure()
         if _first():
             write_start(recipe, phase, before)
+        started = time.perf_counter()
         try:
             result = train(bundle, sources, phase, folder, recipe.seed, measure if phase.evaluate else None, meta, probe, together=together)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"phase {phase.name!r}: {error}; give a smaller batch_rows or more accumulation and start again") from None
+        took = cost(time.perf_counter() - started, sources)
         after, answers = answered(bundle, phase.metrics, held_out) if _first() or together else ({}, [])
         taught_by = teacher_lines(one, stores, live)
         if _first():
@@ -241,6 +245,7 @@ def train_phase(recipe: TrainRecipe, one: Outline, made: Provenance) -> None:
                     "after": dict(after),
                     "steps": result.steps,
                     "best_step": result.best_step,
+                    "cost": took.model_dump(),
                     "phase": phase.model_dump(mode="json"),
                     "made": made.model_dump(mode="json"),
                 },

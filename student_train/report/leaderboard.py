@@ -61,7 +61,9 @@ def _table(name: str, ranked: Sequence[Combination], runs: Runs, note: str, *, f
         )
         sizes = {count_weights(run.phase.student) for run in one.finished if run.phase is not None}
         bytes_of = {weight_bytes(run.phase.student) for run in one.finished if run.phase is not None}
-        seconds = [run.seconds for run in one.finished if run.seconds is not None]
+        seconds = _mean([_cost(run, "seconds") or run.seconds for run in one.finished])
+        memory = _mean([_cost(run, "gpu_memory") or _cost(run, "memory") for run in one.finished])
+        read = _mean([_cost(run, "feature_bytes") for run in one.finished])
         starts = {start for run in one.finished if (start := _start(run))}
         lines.append(
             (
@@ -73,8 +75,10 @@ def _table(name: str, ranked: Sequence[Combination], runs: Runs, note: str, *, f
                 "" if before is None else f"{before:.4f}",
                 f"{max(sizes):,}" if sizes and max(sizes) else "",
                 size(max(bytes_of)) if bytes_of and max(bytes_of) else "",
-                duration(fmean(seconds)) if seconds else "",
+                duration(seconds) if seconds else "",
                 f"{speed:,.0f}" if (speed := _mean([_speed(run) for run in one.finished])) else "",
+                size(memory) if memory else "",
+                "" if read is None else size(read),
                 starts.pop()[:8] if len(starts) == 1 else f"{len(starts)} starts" if starts else "",
             )
         )
@@ -135,6 +139,12 @@ def _start(run: Run) -> str | None:
     """Hash of the weights that its first phase began with."""
     result = run.phases[0].result if run.phases else None
     return None if result is None else result.get("start")
+
+
+def _cost(run: Run, name: str) -> float | None:
+    """A figure of student_train.cost.Cost of the phase that is scored; None where it isn't known."""
+    result = None if run.phase is None else run.phase.result
+    return None if result is None else result.get("cost", {}).get(name)
 
 
 def _speed(run: Run) -> float | None:

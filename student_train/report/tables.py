@@ -24,7 +24,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             "state": pa.string(),
             "error": pa.string(),
             "score": pa.float64(),  # of the metric that ranks
-            "seconds": pa.float64(),
+            "seconds": pa.float64(),  # of the last process of a sweep's trial
+            "training_seconds": pa.float64(),  # of the phase that is scored, as the rest of its cost
+            "memory": pa.int64(),
+            "gpu_memory": pa.int64(),
+            "feature_bytes": pa.float64(),  # read for each training row
             "student_parameters": pa.int64(),
             "student_bytes": pa.int64(),
             "start": pa.string(),
@@ -65,6 +69,7 @@ def tables(runs: Runs) -> dict[str, pa.Table]:
 def _run(run: Run, metric: str) -> dict[str, Any]:
     student = run.phase.student if run.phase is not None and run.phase.result is not None else None
     begun = run.phases[0].result if run.phases else None
+    cost = {} if run.phase is None or run.phase.result is None else run.phase.result.get("cost", {})
     return {
         "run": run.name,
         "sweep": None if run.sweep is None else run.sweep.name,
@@ -75,6 +80,8 @@ def _run(run: Run, metric: str) -> dict[str, Any]:
         "error": run.error or None,
         "score": run.score(metric),
         "seconds": run.seconds,
+        "training_seconds": cost.get("seconds"),
+        **{name: cost.get(name) for name in ("memory", "gpu_memory", "feature_bytes")},
         "student_parameters": None if student is None else count_weights(student),
         "student_bytes": None if student is None else weight_bytes(student),
         "start": None if begun is None else begun.get("start"),

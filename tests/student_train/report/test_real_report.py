@@ -77,6 +77,22 @@ def test_the_answers_that_are_kept_are_those_that_were_scored(trained: dict[tupl
         assert kl(found["teacher"], found["student"]).mean() == pytest.approx(scores["task_kl"], rel=1e-5)
 
 
+def test_what_training_took_is_recorded(trained: dict[tuple[str, int], Path], sentiment: Path) -> None:
+    costs = {key: json.loads((folder / "only" / "result.json").read_text())["cost"] for key, folder in trained.items()}
+    for cost in costs.values():
+        assert 0 < cost["seconds"] < 900
+        assert cost["memory"] > 100e6  # torch alone takes more
+        assert cost["gpu_memory"] is None or cost["gpu_memory"] > 0
+    store = Store.open(sentiment)
+    rows = [row for row in range(len(store.rows)) if store.rows.about(row)["split"] == "train"][:64]
+    tokens = mean(len(store.tokens("input_ids", np.array([row]))) for row in rows)
+    bytes_of = {spec.key.partition("/")[2] or spec.key: spec.unit_bytes for spec in store.manifest.passes["tiny"].features}
+    # kd reads the logits; hid_seq the hidden states that the student's two blocks are compared with
+    expected = bytes_of["task_logits@row"] + tokens * (bytes_of["hidden.2@all"] + bytes_of["hidden.4@all"])
+    assert costs["kd", 0]["feature_bytes"] == pytest.approx(expected)
+    assert costs["labels", 0]["feature_bytes"] == 0
+
+
 def test_the_leaderboard_is_of_the_results(trained: dict[tuple[str, int], Path]) -> None:
     runs = load(list(trained.values()), "-task_kl")
     (best,) = (table for table in leaderboard(runs).tables if table.name.startswith("Best"))
