@@ -9,7 +9,7 @@ The categorical palette is Okabe and Ito's (2008) in tones that stand out on bot
 
 from dataclasses import dataclass
 
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ def dash(number: int) -> str:
     return ("-", "--", ":", "-.")[number // len(SERIES) % 4]
 
 
-def diverging_map() -> ListedColormap:
+def diverging_map() -> Colormap:
     """For ``pcolormesh`` between -limit and limit; cells without a number keep the page's colour."""
     return _map("diverging", DIVERGING)
 
 
-def sequential_map() -> ListedColormap:
+def sequential_map() -> Colormap:
     """For ``pcolormesh`` from the least to the largest value."""
     return _map("sequential", SEQUENTIAL)
 
 
-def _map(name: str, tones: tuple[Colour, ...]) -> ListedColormap:
+def _map(name: str, tones: tuple[Colour, ...]) -> Colormap:
     return ListedColormap([tone.light for tone in tones], name=name).with_extremes(bad=(0, 0, 0, 0))

@@ -7,6 +7,7 @@ absolute value, so a loss that begins at the top begins at 1. A stage is a phase
 from collections.abc import Mapping, Sequence
 from math import ceil
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from student_train.report.colours import dash, series
@@ -53,7 +54,7 @@ def _draw(found: Mapping[str, Lines]) -> Figure:
     figure, axes = panels(ceil(len(found) / columns), columns, HEIGHT)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    known: dict[str, object] = {}
+    known: dict[str, Artist] = {}
     for axis, (stage, lines) in zip(axes, found.items(), strict=False):
         axis.set(title=stage, xlabel="share of the stage", xlim=(0, 1))
         axis.set_ylabel("loss / largest")

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 
-from student_train.report.colours import MUTED, diverging_map
+from student_train.report.colours import INK, MUTED, diverging_map
 
 Cells = Mapping[tuple[str, str], float | None]
 """(row, column) -> coefficient; None where there is a quantity that has none, for it never changed. Others have no cell."""
@@ -29,8 +29,8 @@ def draw(axes: Axes, cells: Cells, rows: Sequence[str], columns: Sequence[str], 
     if len(columns) <= PRINTED:
         for (row, column), value in cells.items():
             place = columns.index(column) + 0.5, rows.index(row) + 0.5
-            colour = {"color": MUTED.light} if value is None else {}
-            axes.text(*place, printed(value), ha="center", va="center", fontsize=7, **colour)
+            colour = MUTED.light if value is None else INK.light
+            axes.text(*place, printed(value), ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.tick_params(length=0)
