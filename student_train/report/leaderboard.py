@@ -13,6 +13,8 @@ from student_train.report.weights import count_weights, weight_bytes
 
 _FURTHER = 4
 """Other scores than the ranking one that have a column."""
+_ALWAYS = ("method", "hyperparameters", "seeds")
+"""Columns that stand there also where they are empty."""
 
 
 def leaderboard(runs: Runs) -> Section:
@@ -40,52 +42,37 @@ def leaderboard(runs: Runs) -> Section:
 
 def _table(name: str, ranked: Sequence[Combination], runs: Runs, note: str, *, folded: bool = False) -> Table:
     further = _further(ranked, runs.metric)
-    header = (
-        "method",
-        "hyperparameters",
-        runs.metric,
-        "seeds",
-        *further,
-        "untrained",
-        "parameters",
-        "weights",
-        "time",
-        "tokens/s",
-        "start",
-    )
-    lines = []
-    for one in ranked:
-        others = [_mean([run.score(score) for run in one.finished]) for score in further]
-        before = _mean(
-            [None if run.phase is None or run.phase.before is None else run.phase.before.get(runs.metric) for run in one.finished]
-        )
-        sizes = {count_weights(run.phase.student) for run in one.finished if run.phase is not None}
-        bytes_of = {weight_bytes(run.phase.student) for run in one.finished if run.phase is not None}
-        seconds = _mean([_cost(run, "seconds") or run.seconds for run in one.finished])
-        memory = _mean([_cost(run, "gpu_memory") or _cost(run, "memory") for run in one.finished])
-        read = _mean([_cost(run, "feature_bytes") for run in one.finished])
-        starts = {start for run in one.finished if (start := _start(run))}
-        lines.append(
-            (
-                one.method,
-                hyperparameters(one),
-                spread(one.mean, one.std),
-                f"{len(one.scores)} of {len(one.runs)}",
-                *("" if value is None else f"{value:.4f}" for value in others),
-                "" if before is None else f"{before:.4f}",
-                f"{max(sizes):,}" if sizes and max(sizes) else "",
-                size(max(bytes_of)) if bytes_of and max(bytes_of) else "",
-                duration(seconds) if seconds else "",
-                f"{speed:,.0f}" if (speed := _mean([_speed(run) for run in one.finished])) else "",
-                size(memory) if memory else "",
-                "" if read is None else size(read),
-                starts.pop()[:8] if len(starts) == 1 else f"{len(starts)} starts" if starts else "",
-            )
-        )
-    filled = [place for place in range(len(header)) if place < 4 or any(line[place] for line in lines)]
-    return Table(
-        name, tuple(header[place] for place in filled), tuple(tuple(line[place] for place in filled) for line in lines), note, folded
-    )
+    lines = [_line(one, runs.metric, further) for one in ranked]
+    header = [column for column in lines[0] if column in _ALWAYS or any(line[column] for line in lines)]
+    return Table(name, tuple(header), tuple(tuple(line[column] for column in header) for line in lines), note, folded)
+
+
+def _line(one: Combination, metric: str, further: Sequence[str]) -> dict[str, str]:
+    """Column -> cell; empty where nothing is known."""
+    phases = [run.phase for run in one.finished if run.phase is not None]
+    before = _mean([None if phase.before is None else phase.before.get(metric) for phase in phases])
+    weights, of_files = max(count_weights(phase.student) for phase in phases), max(weight_bytes(phase.student) for phase in phases)
+    seconds = _mean([_cost(run, "seconds") or run.seconds for run in one.finished])
+    memory = _mean([_cost(run, "gpu_memory") or _cost(run, "memory") for run in one.finished])
+    read = _mean([_cost(run, "feature_bytes") for run in one.finished])
+    speed = _mean([_speed(run) for run in one.finished])
+    starts = {start for run in one.finished if (start := _start(run))}
+    others = {score: _mean([phase.after.get(score) for phase in phases]) for score in further}
+    return {
+        "method": one.method,
+        "hyperparameters": hyperparameters(one),
+        metric: spread(one.mean, one.std),
+        "seeds": f"{len(one.scores)} of {len(one.runs)}",
+        **{score: "" if value is None else f"{value:.4f}" for score, value in others.items()},
+        "untrained": "" if before is None else f"{before:.4f}",
+        "parameters": f"{weights:,}" if weights else "",
+        "weights": size(of_files) if of_files else "",
+        "time": duration(seconds) if seconds else "",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "memory": size(memory) if memory else "",
+        "read / row": "" if read is None else size(read),
+        "start": starts.pop()[:8] if len(starts) == 1 else f"{len(starts)} starts" if starts else "",
+    }
 
 
 def _further(ranked: Sequence[Combination], metric: str) -> list[str]:

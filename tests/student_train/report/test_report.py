@@ -69,8 +69,19 @@ def test_the_leaderboard_has_means_deviations_seeds_sizes_and_cost(write_sweep: 
     assert cells(best, "parameters") == ["10"] * 3
     assert cells(best, "time") == ["61 s", "61 s", "60 s"]
     assert cells(best, "start") == ["aaaabbbb"] * 3
+    assert "read / row" not in best.header  # older runs have not recorded it
     assert "began with the same weights" in best.note
     assert found(section, "Not finished").rows == (("rkd", "", "1", "open", ""),)
+
+
+def test_what_training_took_stands_in_the_leaderboard(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"run{seed}", seed=seed, after={"accuracy": 0.8}) for seed in range(2)]
+    for folder, seconds, memory in zip(folders, (100.0, 140.0), (1_000_000_000, 2_000_000_000), strict=True):
+        file = folder / "only" / "result.json"
+        cost = {"seconds": seconds, "memory": memory, "gpu_memory": None, "feature_bytes": 512.0}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "cost": cost}))
+    best = found(leaderboard(load(folders)), "Best")
+    assert [cells(best, column) for column in ("time", "memory", "read / row")] == [["2.0 min"], ["1.5 GB"], ["512 B"]]
 
 
 def test_methods_are_tested_pair_by_pair_over_common_seeds(write_sweep: Callable[..., Path], tmp_path: Path) -> None:
