@@ -13,7 +13,7 @@ def report(runs: tuple[Path, ...], save: Path, metric: str | None) -> None:
     """Say what RUNs (output folders of student-train run and sweep, finished or not) have come to.
 
     Writes FOLDER/report.html, one page that needs nothing else; the same as report.md with pictures/*.svg; and its tables as Parquet:
-    runs, scores, comparisons, curves. An earlier report there is replaced. See docs/report.md.
+    runs, scores, comparisons, curves, correlations. An earlier report there is replaced. See docs/report.md.
     """
     from student_train.report.report import write_report
     from student_train.report.runs import load

@@ -58,6 +58,24 @@ def gkd_distances(runs: Runs) -> Section | None:
     return Section("GKD 4 and 5: distances, loss and score", tuple(text), tuple(tables), tuple(pictures))
 
 
+def coefficients(runs: Runs) -> list[dict[str, object]]:
+    """Those of every distance of every probed phase with both targets, one by one, as the table ``correlations`` has them."""
+    return [
+        {
+            "run": one.run.name,
+            "phase": one.phase.name,
+            "distance": distance.name,
+            "with": target.name,
+            "checkpoints": len(paired(series, target.of(one))[0]),
+            **{name.lower(): coefficient(name, series, target.of(one)) for name in COEFFICIENTS},
+        }
+        for one in probed(runs)
+        for target in targets(one, runs)
+        if target is not None
+        for distance, series in one.distances.items()
+    ]
+
+
 def by_phase(found: Sequence[Checkpoints]) -> list[tuple[str, list[Checkpoints]]]:
     """Those of each phase, for they have losses of their own, and what their pictures' names end in; nothing where there is one phase."""
     phases = list(dict.fromkeys(one.phase.name for one in found))

@@ -62,4 +62,4 @@ def _footer(runs: Runs) -> str:
     used = sorted({f"{name} {number}" for versions in made for name, number in versions.items()})
     trained = f"Students were trained with {', '.join(used)}. " if used else ""
     written = f"Report of student-train, teachercache {version('teachercache')}."
-    return f"{trained}{written} The tables beside it hold all numbers: runs, scores, comparisons, curves."
+    return f"{trained}{written} The tables beside it hold all numbers: runs, scores, comparisons, curves, correlations."

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from student_train.report.comparisons import compare
+from student_train.report.gkd_distances import coefficients
 from student_train.report.runs import Phase, Run, Runs
 from student_train.report.weights import count_weights, weight_bytes
 
@@ -50,6 +51,17 @@ SCHEMAS: dict[str, pa.Schema] = {
         }
     ),
     "curves": pa.schema({"run": pa.string(), "phase": pa.string(), "step": pa.int64(), "name": pa.string(), "value": pa.float64()}),
+    "correlations": pa.schema(
+        {
+            "run": pa.string(),
+            "phase": pa.string(),
+            "distance": pa.string(),  # as the probe names it
+            "with": pa.string(),  # training loss, or held-out SCORE
+            "checkpoints": pa.int64(),
+            "spearman": pa.float64(),  # null: fewer than four checkpoints, or one of both never changed
+            "pearson": pa.float64(),
+        }
+    ),
 }
 """Name of the file, without its ending -> its columns."""
 
@@ -62,6 +74,7 @@ def tables(runs: Runs) -> dict[str, pa.Table]:
         "scores": [line for run, phase in phases for line in _scores(run, phase)],
         "comparisons": [_comparison(asdict(one) | {"resolved": one.resolved}) for one in compare(runs)],
         "curves": [line for run, phase in phases for line in _curves(run, phase)],
+        "correlations": coefficients(runs),
     }
     return {name: pa.Table.from_pylist(list(found), schema=SCHEMAS[name]) for name, found in lines.items()}
 

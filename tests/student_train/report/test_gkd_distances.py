@@ -17,6 +17,7 @@ from student_train.report.correlation import by_chance, coefficient, mean_coeffi
 from student_train.report.gkd_distances import ROWS, Target, cells, gkd_distances, pooled
 from student_train.report.heat_map import printed
 from student_train.report.runs import Phase, Run, Runs
+from student_train.report.tables import tables
 
 LOSS = Target("training loss", lambda one: one.loss)
 STEPS = (10, 20, 30, 40, 50)
@@ -145,6 +146,18 @@ def test_maps_have_a_row_for_each_kind_and_a_column_for_each_layer_and_temperatu
     assert [tick.get_text() for tick in methods.get_xticklabels()] == ["kd", "pkd"]
     (table,) = section.tables
     assert table.rows[0] == ("hidden.1-2", "training loss", "1", "1 to 1", "1", "1 to 1", "1", "2")
+
+
+def test_the_table_of_correlations_has_each_run_by_itself(tmp_path: Path) -> None:
+    falling = [-value for value in LOSSES]
+    made = runs(tmp_path, {"kd": probe({"hidden.1-2": LOSSES}), "pkd": probe({"hidden.1-2": falling}, accuracy=[0.5, 0.5, 0.5, 0.5, 0.5])})
+    table = tables(made)["correlations"].to_pylist()
+    of = {"phase": "only", "distance": "hidden.1-2", "checkpoints": 5}
+    assert table == [
+        {"run": "kd", **of, "with": "training loss", "spearman": pytest.approx(1), "pearson": pytest.approx(1)},
+        {"run": "pkd", **of, "with": "training loss", "spearman": pytest.approx(-1), "pearson": pytest.approx(-1)},
+        {"run": "pkd", **of, "with": "held-out accuracy", "spearman": None, "pearson": None},
+    ]
 
 
 def test_phases_have_pictures_of_their_own_and_names_that_differ(tmp_path: Path) -> None:
