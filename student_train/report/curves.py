@@ -127,7 +127,7 @@ def _by_name(name: str, said: str, shown: Sequence[Combination], phase: str, nam
         for number, one in enumerate(shown):
             _line(axes, curve(one, phase, names[place]), one.method, number)
 
-    return _grid(name, said, len(names), draw)
+    return _grid(name, said, len(names), draw, [one.method for one in shown])
 
 
 def _by_method(name: str, said: str, shown: Sequence[Combination], phase: str, names: Sequence[str]) -> Picture:
@@ -143,7 +143,7 @@ def _by_method(name: str, said: str, shown: Sequence[Combination], phase: str, n
             if any(value > 0 for value in found.values):
                 _line(axes, found, norm.removeprefix(GRADIENT), number)
 
-    return _grid(name, said, len(shown), draw)
+    return _grid(name, said, len(shown), draw, [norm.removeprefix(GRADIENT) for norm in names])
 
 
 def _line(axes: Axes, found: Curve, label: str, number: int) -> None:
@@ -152,9 +152,9 @@ def _line(axes: Axes, found: Curve, label: str, number: int) -> None:
         axes.plot(found.steps, found.values, color=series(number), linestyle=dash(number), label=label, marker=marker, markersize=4)
 
 
-def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None]) -> Picture:
-    """``count`` panels and one legend for all of them."""
-    columns = min(4 if count % 4 == 0 or count % 3 == 1 else 3, count)  # so that few panels stand alone
+def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None], labels: Sequence[str]) -> Picture:
+    """``count`` panels and one legend for all of them, in the order of ``labels``."""
+    columns = min(min((3, 4), key=lambda columns: -count % columns), count)  # so that few places stay empty
     rows = ceil(count / columns)
     figure, axes = panels(rows, columns, HEIGHT)
     known: dict[str, object] = {}
@@ -166,5 +166,6 @@ def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None]) -
         if place + columns >= count:
             one.set_xlabel("step")
         known |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), METHODS))
+    there = [label for label in labels if label in known]
+    figure.legend([known[label] for label in there], there, loc="outside upper left", ncols=min(len(there), METHODS))
     return Picture(name, said, figure)
