@@ -5,6 +5,7 @@
 The script is a Python file with ``def main(arguments: dict) -> JSON``; it is called in every process.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -91,6 +92,7 @@ def _main() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.path[0] = str(script.parent)
     spec.loader.exec_module(module)
+    gc.freeze()  # DeepSpeed collects garbage over and over, and would look through all that was imported
     answer.write_text(json.dumps(module.main(arguments)))
 
 

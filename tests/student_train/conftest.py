@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 from student_train.cli import main
 
 

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
+from two_ranks import launched
 
 from student_train import checkpoint
 from student_train.journal import read_journal
@@ -148,15 +147,11 @@ def test_it_needs_held_out_rows_and_its_teacher_in_the_job(recipe: Callable[...,
         run(recipe("half", teacher=half), ["test"])
 
 
-def launched(made: TrainRecipe, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(made: TrainRecipe, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """A run on two ranks."""
     file = tmp_path / f"{made.output.name}.yaml"
     file.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True)), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.run([*command, "-m", "student_train.cli", "run", str(file)], timeout=300, capture_output=True, text=True, check=False)
+    return launched("-m", "student_train.cli", "run", str(file))
 
 
 @pytest.mark.slow
@@ -167,7 +162,7 @@ def test_two_ranks_teach_and_learn_as_one(recipe: Callable[..., TrainRecipe], tm
     run(alone, ["test"])
     for name, changes in {"ddp": {}, "zero2": {"zero": {"stage": 2}}}.items():
         pair = recipe(name, trainer=rate, **changes)
-        done = launched(pair, tmp_path)
+        done = on_two_ranks(pair, tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
         for entry, expected in zip(curve(pair), curve(alone), strict=True):
             assert entry == pytest.approx(expected, rel=1e-3, abs=1e-5), (name, entry)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 from case import all_of
+from two_ranks import launched
 
 from student_train import checkpoint
 from student_train.journal import read_journal
@@ -80,11 +79,7 @@ def test_two_ranks_train_as_one(tiny: ModuleType, store_of: Callable[[str], Path
         {"stores": [str(store_of(run[0]))], "output": str(tmp_path / name), "methods": [spec(*run).model_dump()], **plain}
         for name, run in zip(NAMES, RUNS, strict=True)
     ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny.__file__]
-    done = subprocess.run([*command, json.dumps(runs)], timeout=900, capture_output=True, text=True, check=False)
+    done = launched(str(tiny.__file__), json.dumps(runs), timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, run in zip(NAMES, RUNS, strict=True):
         bundle, alone = tiny.run([store_of(run[0])], tmp_path / "alone" / name, methods=[spec(*run)], **plain)

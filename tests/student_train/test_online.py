@@ -1,8 +1,6 @@
 """Every method with its teacher at work in the job: the losses of a run that reads the same teacher's answers from a store."""
 
 import json
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
 from case import all_of
+from two_ranks import launched
 
 from store.errors import FingerprintMismatch
 from store.strict import parse
@@ -168,11 +167,7 @@ def test_two_ranks_with_a_sharded_teacher_train_as_one(kind: str, folder_of: Cal
     spread = recipe(folder, tmp_path / "two", "tinybert", options, online=True, student=STILL, live={"sharding": SHARDED[kind]})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_yaml(spread))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run([*command, "-m", "student_train.cli", "run", str(file)], timeout=300, capture_output=True, text=True, check=False)
+    done = launched("-m", "student_train.cli", "run", str(file))
     assert done.returncode == 0, done.stderr[-4000:]
     for entry, expected in zip(curve(spread), curve(made), strict=True):
         assert entry == pytest.approx(expected, rel=1e-4, abs=2e-6), entry["step"]

@@ -1,16 +1,14 @@
 """A student under ZeRO on two ranks: the losses and weights of one rank, exact resumption, and weights that a step does not use."""
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from two_ranks import launched
 
 from student_train import checkpoint
 from student_train.journal import read_journal
@@ -38,11 +36,8 @@ EQUAL: dict[str, dict[str, Any]] = {
 """Those that train as one rank does with PLAIN."""
 
 
-def launched(tiny: ModuleType, stores: list[Path], runs: dict[str, dict[str, Any]], output: Path) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(tiny: ModuleType, stores: list[Path], runs: dict[str, dict[str, Any]], output: Path) -> subprocess.CompletedProcess[str]:
     """All ``runs``, one after the other, on two ranks."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     options = [
         {
             "stores": [str(store) for store in run.get("stores", stores)],
@@ -52,11 +47,7 @@ def launched(tiny: ModuleType, stores: list[Path], runs: dict[str, dict[str, Any
         }
         for name, run in runs.items()
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, json.dumps(options, default=str)], timeout=500, capture_output=True, text=True, check=False, env=environment
-    )
+    return launched(str(tiny.__file__), json.dumps(options, default=str), timeout=500)
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
@@ -96,7 +87,7 @@ def test_every_stage_trains_as_one_rank_and_moves_nothing_that_a_step_does_not_u
         "half, DDP": {**PLAIN, "trainer": {**DECAY, "bf16": True}},
         "refused": {**TURNS, "zero": {"stage": 3}},
     }
-    done = launched(tiny, [taught], runs, tmp_path)
+    done = on_two_ranks(tiny, [taught], runs, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("ZeRO-3 would move it by the gradient of an earlier step") == 2, done.stderr[-4000:]
 
@@ -133,7 +124,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_and_goes_on_under_
         copied = tmp_path / f"whole {stage}" / "checkpoints" / "checkpoint-4"
         runs |= {f"whole {stage}": run, f"resumed {stage}": {**run, "copied": str(copied)}}
     runs["refused"] = {**runs["resumed 2"], "zero": {"stage": 1}}
-    done = launched(tiny, [taught], runs, tmp_path)
+    done = on_two_ranks(tiny, [taught], runs, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count('made with zero {"stage": 2') == 2, done.stderr[-4000:]
     for stage in (1, 2, 3):

@@ -1,9 +1,6 @@
 """Every method under ZeRO on two ranks, where it is not refused: the losses of one rank that has all of it."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
-
 from case import all_of
+from two_ranks import launched
 
 from student_train.journal import read_journal
 from student_train.methods import METHODS, method_class
@@ -63,12 +60,7 @@ def test_every_method_learns_under_zero_as_on_one_rank(tiny: ModuleType, store_o
         }
         for method, stage in found
     ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, json.dumps(runs)], timeout=1500, capture_output=True, text=True, check=False, env=environment)
+    done = launched(str(tiny.__file__), json.dumps(runs), timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
 
     alone = {method: tiny.run([store_of(method)], tmp_path / method, methods=[specs[method]], **LOOP)[1].history for method in FIRST}

@@ -1,17 +1,17 @@
 """Teacher and student in parts side by side in one job: the losses of one process that holds both."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from two_ranks import launched
 
+from store.strict import load_yaml
 from student_train import checkpoint
 from student_train.journal import read_journal
+from student_train.recipe import TrainRecipe
+from student_train.run import run as train
 
 SPEED = ("tokens_per_second", "loader_wait")
 
@@ -51,16 +51,11 @@ def written(
 
 
 def run(recipe: Path, ranks: int) -> None:
-    """The program, under torchrun where there are several ranks."""
-    program = ["-m", "student_train.cli", "run", str(recipe)]
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        program = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port), *program]
-    done = subprocess.run(
-        [sys.executable, *program], timeout=300, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    """The program on two ranks, or here on one."""
+    if ranks == 1:
+        train(load_yaml(TrainRecipe, recipe), ["test"])
+        return
+    done = launched("-m", "student_train.cli", "run", str(recipe))
     assert done.returncode == 0, done.stderr[-4000:]
 
 

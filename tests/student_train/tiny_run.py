@@ -4,6 +4,7 @@ The rows are random words with random classes in a real store; the teacher is a 
 ``Bank`` stands for methods with state: a buffer that belongs to its rank, and draws from every generator.
 """
 
+import gc
 import json
 import os
 import random
@@ -230,6 +231,7 @@ def run(
 def main(runs: str) -> None:
     """Train once for each of ``runs``, a JSON list of ``run``'s arguments; ``copied`` names a checkpoint to start from."""
     torch.set_num_threads(1)
+    gc.freeze()  # every start of DeepSpeed collects garbage three times, a third of a second each, and would look through all modules
     for options in json.loads(runs):
         stores, output = [Path(store) for store in options.pop("stores")], Path(options.pop("output"))
         if copied := options.pop("copied", None):
