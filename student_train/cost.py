@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from store.pool import pools
 from store.strict import Strict
 from student_train.data import Source
 
@@ -43,7 +44,7 @@ def cost(seconds: float, sources: Sequence[Source]) -> Cost:
 def _bytes_of_row(source: Source) -> float:
     if source.teacher is None:
         return 0.0
-    pool = source.ordered().copies[0]
+    pool = pools(source.store, source.split, source.where, source.pass_name)[0]
     rows = pool.take(np.arange(min(SAMPLE, len(pool))))
     fetched = source.teacher.fetch(rows)
     return sum(array.nbytes for arrays in fetched.values() for array in arrays.values()) / len(rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
@@ -157,7 +158,7 @@ def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None], l
     columns = min(min((3, 4), key=lambda columns: -count % columns), count)  # so that few places stay empty
     rows = ceil(count / columns)
     figure, axes = panels(rows, columns, HEIGHT)
-    known: dict[str, object] = {}
+    known: dict[str, Artist] = {}
     for place, one in enumerate(axes):
         if place >= count:
             one.set_visible(False)

@@ -70,7 +70,7 @@ def disagreements(runs: Runs) -> Section | None:
 
 def _side(one: Combination) -> _Side | None:
     """The first held-out split with a teacher's answers."""
-    found = []
+    found: list[Answers] = []
     for run in one.finished:
         answers = [] if run.phase is None else [split for split in read_answers(run.phase) if split.teacher is not None]
         if answers and (not found or answers[0].rows.tolist() == found[0].rows.tolist()):
