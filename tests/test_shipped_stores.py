@@ -48,9 +48,9 @@ def dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, DumpReci
 
 def test_shipped_dumps_hold_what_shipped_recipes_read(dumps: dict[str, DumpRecipe]) -> None:
     folders = {name: recipe.teacher.model for name, recipe in dumps.items()}
-    sweep = load_yaml(Sweep, RECIPES / "sweeps" / "sst2.yaml", [f"recipe={RECIPES / 'sweeps' / 'train.yaml'}", "seeds=[0]"])
-    tried = trials(sweep)
-    assert len(tried) == 16
+    shared = [f"recipe={RECIPES / 'sweeps' / 'train.yaml'}", "seeds=[0]"]
+    tried = [trial for name in ("sst2", "search") for trial in trials(load_yaml(Sweep, RECIPES / "sweeps" / f"{name}.yaml", shared))]
+    assert len(tried) == 16 + 15
     lines = needs([*(load_yaml(TrainRecipe, path) for path in recipes("phases")), *(trial.recipe for trial in tried)], folders)
     wanted = {document["pass_name"]: document for document in yaml.safe_load_all(lines)}
     assert {"sst2", "second", "mlm", "words", "factual", "counterfactual"} <= wanted.keys()

@@ -31,9 +31,8 @@ def make(tiny_sweep: ModuleType, tmp_path: Path) -> Make:
 
     def made(name: str = "one", **changes: object) -> Sweep:
         search = {"method": tiny_sweep.METHODS, RATE: RATES}
-        options: dict[str, Any] = {"search": search, "sampler": "tpe", "trials": 6, "seeds": [3], **changes}
-        if options["sampler"] == "grid":
-            options["trials"] = None
+        proposed = None if changes.get("sampler") == "grid" else 6
+        options: dict[str, Any] = {"search": search, "sampler": "tpe", "trials": proposed, "seeds": [3], **changes}
         sweep: Sweep = load_yaml(Sweep, tiny_sweep.write_sweep(tmp_path / name, tmp_path / "no store", **options))
         return sweep
 
@@ -331,6 +330,18 @@ def test_halving_lets_the_best_of_so_many_pass(make: Make) -> None:
             given_up.append(one.report(combination))
         # asynchronously: each is compared with those that came to step 4 before it, and the best third (one at least) passes
         assert given_up == [None, 4, None, 4, None, 4]
+
+
+def test_hyperband_gives_up_more_of_the_groups_that_are_looked_at_early(make: Make) -> None:
+    with study(make(pruner={"name": "hyperband", "min_steps": 4, "max_steps": 12, "reduction": 3}, trials=30)) as one:
+        given_up = []
+        while (combination := one.propose()) is not None:  # each is worse than those before it
+            log(combination.trials[0], {step: len(given_up) + step / 100 for step in (4, 8, 12)})
+            given_up.append(one.report(combination))
+            finish(combination.trials[0])
+            one.settle()
+        assert set(given_up) == {None, 4, 12}  # the first of each group passes, and who isn't looked at before the end
+        assert given_up.count(None) < 15
 
 
 def proposed(one: Study) -> Combination:

@@ -205,3 +205,12 @@ def test_the_best_mean_over_seeds_comes_first() -> None:
 def test_other_starts_are_said() -> None:
     rows = [row("a", 0, 0.5), row("b", 0, 0.6, start="b" * 64), row("a", 1, 0.5), row("b", 1, 0.6)]
     assert table(rows, "accuracy").splitlines()[-1] == "students of one seed began with different weights: 2 with seed 0, 1 with seed 1"
+
+
+def test_a_combination_that_was_given_up_has_no_mean_and_comes_last() -> None:
+    pruned = row("poor", 0, None, "pruned").model_copy(update={"error": None, "pruned": 40, "best": 0.95})
+    rows = [pruned, row("poor", 1, 0.99), row("good", 0, 0.7), row("good", 1, 0.9)]
+    assert [(one.parameters["method"], one.mean) for one in ranked(rows, "accuracy")] == [("good", pytest.approx(0.8)), ("poor", None)]
+    lines = table(rows, "accuracy").splitlines()
+    assert lines[2].startswith("2  poor    0.9500, pruned at 40  1 of 2")
+    assert "no number, pruned at 40" in table([pruned.model_copy(update={"best": None})], "accuracy")
