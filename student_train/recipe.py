@@ -255,7 +255,7 @@ class PhaseSpec(Strict):
         """Where the probe's rows are; None without a probe."""
         if self.probe is None:
             return None
-        return self.probe.data or next((data for data in (*self.evaluate, *self.data) if data.answers), self.data[0])
+        return self.probe.data or next((data for data in (*self.evaluate, *self.data) if data.answers or self.live), self.data[0])
 
     @property
     def read(self) -> tuple[DataSpec, ...]:

@@ -14,16 +14,21 @@ import torch
 import yaml
 from pyarrow import parquet
 
+from online.teacher import Teachers
 from store.errors import MissingFeature
 from store.reader import Store
 from store.strict import parse
 from student_train.bundle import Bundle
 from student_train.curves import curves
+from student_train.distances import comparisons
+from student_train.evaluate import HeldOut, held_out_rows
 from student_train.journal import read_journal
 from student_train.needs import needs
+from student_train.probe import measured
 from student_train.probe_table import probe_table
 from student_train.recipe import MethodSpec, TrainRecipe
 from student_train.run import check
+from student_train.teacher import StoredTeacher
 
 KD = MethodSpec(name="kd")
 HID = MethodSpec(name="hid_seq", weight=0.5, options={"layers": [[1, 2]]})
@@ -198,3 +203,40 @@ def test_a_run_of_the_program_leaves_a_table_that_joins_with_its_curves(
     logged = {(row["step"], row["name"]): row["value"] for row in curve}
     assert all(logged[row["step"], row["name"]] == row["value"] for row in rows if row["kind"] != "distance")
     assert {row["name"] for row in rows if row["kind"] == "score"} >= {"eval_accuracy", "eval_loss"}
+
+
+def test_of_several_teachers_the_last_one_is_compared(tiny: ModuleType, taught: Path) -> None:
+    student, store = tiny.model(1, layers=2, width=16), Store.open(taught)
+    teacher = store.manifest.passes["bert"].shape
+    compared = comparisons(("hidden_relation", "soft"), [(1, 2)], (1.0,), student.shape, teacher, labelled=False)
+    keys = frozenset(one.teacher_key for one in compared)
+    rows = held_out_rows(store, "train", 20)
+    last = StoredTeacher(store, "bert", keys)
+    both = Teachers({"small": StoredTeacher(store, "bert", frozenset()), "large": last})
+    bundle = Bundle(student, [])
+    found = measured(bundle, HeldOut(store, rows, both, False, "", "large"), compared)
+    assert found == measured(bundle, HeldOut(store, rows, last, False, ""), compared)
+    assert found.keys() == {"hidden_relation.1-2", "soft.T1"}
+
+
+@pytest.mark.slow
+def test_a_teacher_at_work_is_as_far_away_as_its_store(
+    program: Callable[..., tuple[int, str, str]], sentiment: Path, tmp_path: Path
+) -> None:
+    probe = {"distances": ["hidden", "hidden_relation", "soft"]}
+    folder = sentiment.parent / "renamed away"
+    rows = {"store": str(sentiment)}
+    online = {
+        "teacher": {"online": {"model": str(folder), "head": "classification"}}, "data": [rows], "evaluate": [{**rows, "split": "dev"}],
+    }  # fmt: skip
+    for name, changes in (("stored", {}), ("live", online)):
+        one = recipe(sentiment, tmp_path / name, probe, **changes)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps(one.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+        code, _, error = program("run", file)
+        assert code == 0, error
+    live, stored = (distances(tmp_path / name / "p") for name in ("live", "stored"))
+    assert live[0] == stored[0]
+    assert [entry["step"] for entry in live] == [0, 1, 2, 3, 4]
+    for entry, expected in zip(live, stored, strict=True):  # batches of 8 rows round differently (docs/design.md)
+        assert entry == pytest.approx(expected, rel=1e-4)
