@@ -7,6 +7,7 @@
 <output>/<phase>/metrics.parquet    the curves as a table, when training ends
 <output>/<phase>/adapter/       the adapters of a student that trained no others, as peft reads them
 <output>/<phase>/student/       the result: a Hugging Face folder with a model card
+<output>/<phase>/predictions.parquet  its answers to held-out rows, where metrics read some
 <output>/<phase>/result.json    written last: scores before and after, fingerprint of the student
 """
 

@@ -45,6 +45,10 @@ def read_answers(phase: Phase) -> list[Answers]:
         table = pq.read_table(phase.predictions)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{phase.predictions} is damaged: {error}; remove it, and the report does without it") from None
+    if lacking := {"store", "split", "row", "label", "student", "teacher"} - set(table.column_names):
+        raise ValueError(
+            f"{phase.predictions} is damaged: it has no {', '.join(sorted(lacking))}; remove it, and the report does without it"
+        )
     groups: dict[tuple[str, str], list[int]] = {}
     for place, of in enumerate(zip(table["store"].to_pylist(), table["split"].to_pylist(), strict=True)):
         groups.setdefault(of, []).append(place)

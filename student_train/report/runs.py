@@ -140,7 +140,10 @@ def _trials(folder: Path, sweep: Mapping[str, Any]) -> list[Run]:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; the sweep's command writes it anew") from None
-    return [_trial(folder, sweep, row) for row in rows]
+    try:
+        return [_trial(folder, sweep, row) for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: a trial in it has no {error}; the sweep's command writes it anew") from None
 
 
 def _trial(folder: Path, sweep: Mapping[str, Any], row: Mapping[str, Any]) -> Run:
@@ -176,6 +179,8 @@ def _trial(folder: Path, sweep: Mapping[str, Any], row: Mapping[str, Any]) -> Ru
 def _run(folder: Path) -> Run:
     recipe = read_yaml(folder / "recipe.yaml")
     phases = _phases(folder, recipe)
+    if not phases:
+        raise ValueError(f"{folder / 'recipe.yaml'} is damaged: expected phases; start the run again, which writes it anew")
     last = phases[-1]
     rate = last.spec.get("trainer", {}).get("learning_rate")
     alike = {key: value for key, value in recipe.items() if key not in ("seed", "output")}
@@ -196,7 +201,10 @@ def _run(folder: Path) -> Run:
 
 
 def _phases(folder: Path, recipe: Mapping[str, Any]) -> tuple[Phase, ...]:
-    return tuple(_phase(folder / spec["name"], spec) for spec in recipe.get("phases", ()))
+    try:
+        return tuple(_phase(folder / spec["name"], spec) for spec in recipe.get("phases", ()))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'recipe.yaml'} is damaged: a phase in it has no {error}; start the run again") from None
 
 
 def _phase(folder: Path, spec: Mapping[str, Any]) -> Phase:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from student_train.report.answers import read_answers
 from student_train.report.combinations import best_of_methods, combinations, hyperparameters
 from student_train.report.runs import load
 
@@ -100,6 +103,28 @@ def test_a_damaged_table_of_trials_is_named(write_sweep: Callable[..., Path], tm
     (folder / "trials.json").write_text("[{")
     with pytest.raises(ValueError, match=r"trials.json is damaged"):
         load([folder])
+
+
+def test_a_table_or_answers_that_lack_something_are_named(
+    write_run: Callable[..., Path], write_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_sweep(tmp_path / "sweep", {"kd": [0.8]})
+    (folder / "trials.json").write_text('[{"trial": "a"}]')
+    with pytest.raises(ValueError, match=r"trials.json is damaged: a trial in it has no 'parameters'"):
+        load([folder])
+    run = write_run(tmp_path / "run", after={"accuracy": 0.8})
+    pq.write_table(pa.table({"row": [1]}), run / "only" / "predictions.parquet")
+    with pytest.raises(ValueError, match=r"predictions.parquet is damaged: it has no label, split"):
+        read_answers(load([run]).all[0].phases[0])
+    (run / "only" / "predictions.parquet").write_text("no Parquet")
+    with pytest.raises(ValueError, match=r"predictions.parquet is damaged"):
+        read_answers(load([run]).all[0].phases[0])
+    (run / "recipe.yaml").write_text("phases: [{methods: []}]")
+    with pytest.raises(ValueError, match=r"recipe.yaml is damaged: a phase in it has no 'name'"):
+        load([run])
+    (run / "recipe.yaml").write_text("seed: 0")
+    with pytest.raises(ValueError, match=r"recipe.yaml is damaged: expected phases"):
+        load([run])
 
 
 def test_a_sweep_of_which_no_trial_has_ended_says_so(tmp_path: Path) -> None:
