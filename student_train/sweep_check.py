@@ -18,12 +18,14 @@ def check_sweep(sweep: Sweep, tried: Sequence[Trial]) -> None:
     """Refuse what would only fail in the middle, in one message for all trials; what stores lack as the lines of one dump recipe.
 
     Raises:
-        ValueError: a recipe that doesn't fit its data or models, a metric that isn't measured, a trial begun with other options.
+        ValueError: a recipe that doesn't fit its data or models, a metric that isn't measured, a trial begun with other options, a database
+            that nothing names.
         StoreError: features that stores lack.
     """
     for device in sweep.devices:
         if device != "cpu" and int(device.removeprefix("cuda:")) >= torch.cuda.device_count():
             raise ValueError(f"devices: expected cpu or one of {torch.cuda.device_count()} GPUs that torch sees, found {device}")
+    sweep.database()
     problems: dict[str, list[str]] = {}
     outlines: list[Outline] = []
     firsts = [trial for trial in tried if trial.seed == sweep.seeds[0]]

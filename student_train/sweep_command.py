@@ -64,6 +64,8 @@ def sweep(sweep: Path, overrides: tuple[str, ...], only_print: bool, retry: bool
     base = read_yaml(loaded.recipe)
     check_sweep(loaded, [*tried, *(trial for choice in known(loaded) for trial in trials_of(loaded, base, choice))])
     rows = run_sweep(loaded, retry=retry)
+    if not rows:
+        raise ValueError("search: no combination that was proposed makes a recipe; the lines above say why")
     click.echo(table(rows, loaded.metric))
     if failed := [row for row in rows if row.state == "failed"]:
         click.echo(f"{len(failed)} of {len(rows)} trials failed: see trials.json and logs/ in {loaded.output}; --retry tries them again")

@@ -78,6 +78,12 @@ def test_shared_options_of_a_recipe_change_together(tiny_sweep: ModuleType, tmp_
         ({"devices": ["gpu"]}, "devices.0"),
         ({"devices": ["cuda:99"]}, "found cuda:99"),
         ({"recipe": "absent.yaml"}, "no such recipe: absent.yaml"),
+        ({"storage": "$ABSENT_STUDIES"}, "in the environment variable ABSENT_STUDIES, which is not set"),
+        (
+            {"pruner": "median", "search": {"phases.0.trainer.eval_strategy": ["no"]}},
+            "pruner: phase 'only' measures nothing while it trains",
+        ),
+        ({"sampler": "tpe", "trials": 2, "search": {"phases.0.student.layers.1": {"low": 3, "high": 9}}}, "blocks 1 to 4, found 9"),
     ],
 )
 def test_a_bad_sweep_is_one_message_before_anything_is_written(
