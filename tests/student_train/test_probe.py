@@ -1,8 +1,6 @@
 """A probe in a run: when it looks, what it leaves, and that the student is none the wiser."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ import pytest
 import torch
 import yaml
 from pyarrow import parquet
+from two_ranks import launched
 
 from online.teacher import Teachers
 from store.errors import MissingFeature
@@ -122,15 +121,16 @@ def test_its_time_is_no_part_of_the_speed(tiny: ModuleType, taught: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_ranks_look_as_one(tiny: ModuleType, taught: Path, tmp_path: Path) -> None:
+def test_two_ranks_look_as_one_also_where_each_has_part_of_the_student(tiny: ModuleType, taught: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"dropout": 0.0, "bank": False, "batch_rows": 8, "steps": 4, "probe": {**PROBE, "every": 2}}
-    run = {"stores": [str(taught)], "methods": [KD.model_dump(), HID.model_dump()], "output": str(tmp_path / "two"), **options}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny.__file__, json.dumps([run])]
-    done = subprocess.run(command, timeout=200, capture_output=True, text=True, check=False)
+    run = {"stores": [str(taught)], "methods": [KD.model_dump(), HID.model_dump()], **options}
+    two = [{**run, "output": str(tmp_path / "DDP")}, {**run, "output": str(tmp_path / "zero"), "zero": {"stage": 3}}]
+    done = launched(str(tiny.__file__), json.dumps(two), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     tiny.run([taught], tmp_path / "one", methods=[KD, HID], **options)
-    for two, one in zip(distances(tmp_path / "two"), distances(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(one, abs=1e-6)
+    for name in ("DDP", "zero"):
+        for found, expected in zip(distances(tmp_path / name), distances(tmp_path / "one"), strict=True):
+            assert found == pytest.approx(expected, abs=1e-6), name
 
 
 def recipe(store: Path, output: Path, probe: dict[str, Any] | None, **changes: object) -> TrainRecipe:
