@@ -73,9 +73,9 @@ def curves(runs: Runs) -> Section | None:
         ):
             if found:
                 pictures.append(_by_name(f"curves-{kind}-{phases.index(phase)}", said, shown, phase, found[:_PANELS]))
-    text = ["Means over the seeds of each method's best combination; a dot is a log where there is one alone."]
+    text = ["Means over the seeds of each method's best combination; a dot where a value was logged once."]
     if len(shown) < (methods := len({run.method for run in runs.all})):
-        text.append(f"The {len(shown)} best of {methods} methods are drawn; curves.parquet has all.")
+        text.append(f"{len(shown)} of {methods} methods are drawn, the best of those that are finished; curves.parquet has all.")
     return Section("Learning curves", tuple(text), pictures=tuple(pictures)) if pictures else None
 
 

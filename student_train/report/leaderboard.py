@@ -1,5 +1,6 @@
 """The leaderboard: combinations by their mean score over seeds, with sizes and cost."""
 
+import json
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -28,6 +29,8 @@ def leaderboard(runs: Runs) -> Section:
         f"{len(runs.finished)} of {len(runs.all)} runs are finished: {len(finished)} combinations of {len(best)} methods. Score: held-out "
         f"{runs.metric} ({way}), mean ± sample standard deviation over seeds."
     ]
+    if len({_measured_on(run) for run in runs.finished}) > 1:
+        text.append("Not all runs were measured on the same rows: compare those that were.")
     tables = []
     if best:
         chosen = "The best combination of a method was chosen by the same held-out rows that are shown, so its score flatters it a little."
@@ -120,6 +123,13 @@ def _starts(finished: Sequence[Run]) -> str:
     if all(len(starts) == 1 for starts in of_seed.values()):
         return "All students of one seed began with the same weights."
     return "Students of one seed began with different weights: compare with care."
+
+
+def _measured_on(run: Run) -> str:
+    """Which held-out rows its score is of, as its recipe names them."""
+    spec = {} if run.phase is None else run.phase.spec
+    chosen = [[data.get(key) for key in ("store", "split", "where")] for data in spec.get("evaluate", ())]
+    return json.dumps([chosen, spec.get("evaluate_rows")], default=str)
 
 
 def _start(run: Run) -> str | None:

@@ -8,7 +8,7 @@ from student_train.report.drawing import dark, light
 from student_train.report.section import Picture, Section, Table
 
 _NUMBER = re.compile(
-    r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?: ± \d+\.\d+)?(?: of \d+)?(?: (?:%|s|min|h|days|[kMGT]?B))?"
+    r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?: ± \d+\.\d+)?(?: of \d+)?(?:%| (?:%|s|min|h|days|[kMGT]?B))?"
     r"|[-+][\d.]+ to [-+][\d.]+"
 )
 """Cells that stand at the right edge of their columns."""
@@ -28,8 +28,9 @@ h3 { font-size: .95rem; margin: 1.8rem 0 .5rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .lead, figcaption, .note, footer { color: var(--muted); font-size: .88rem; }
 nav { position: sticky; top: 0; z-index: 1; margin-top: 1.2rem; background: var(--paper); border-bottom: 1px solid var(--grid); }
-nav ul { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.3rem; list-style: none; }
-nav li { padding: .5rem 0; }
+nav ul { display: flex; flex-wrap: wrap; align-items: center; gap: 0 1.3rem; list-style: none; }
+nav ul { padding-top: .35rem; padding-bottom: .35rem; }
+nav li { padding: .1rem 0; }
 nav a { color: var(--muted); text-decoration: none; font-size: .88rem; }
 nav a:hover, nav a:focus-visible { color: var(--ink); text-decoration: underline; }
 nav li:last-child { margin-left: auto; }

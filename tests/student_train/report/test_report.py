@@ -84,6 +84,14 @@ def test_what_training_took_stands_in_the_leaderboard(write_run: Callable[..., P
     assert [cells(best, column) for column in ("time", "memory", "read / row")] == [["2.0 min"], ["1.5 GB"], ["512 B"]]
 
 
+def test_runs_that_were_measured_on_other_rows_are_said_to_be(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"run{seed}", seed=seed, after={"accuracy": 0.8}) for seed in range(2)]
+    assert not any("same rows" in text for text in leaderboard(load(folders)).text)
+    recipe = folders[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("batch_rows: 8", "batch_rows: 8\n  evaluate_rows: 100"))
+    assert "Not all runs were measured on the same rows" in leaderboard(load(folders)).text[-1]
+
+
 def test_methods_are_tested_pair_by_pair_over_common_seeds(write_sweep: Callable[..., Path], tmp_path: Path) -> None:
     rkd = [0.70, 0.65, None]
     one, two, three = compare(load([write_sweep(tmp_path / "sweep", {"kd": KD, "pkd": PKD, "rkd": rkd})]))
