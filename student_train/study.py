@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 IDENTITY = "study.id"
 PROPOSED = "proposed.json"
-AGAIN, REFUSED = "again", "refused"
-"""Marks of a proposal in the study: it is an earlier one; it makes no recipe, and why."""
+AGAIN = "again"
+"""Marks a proposal in the study that is an earlier one."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +67,7 @@ class Study:
                 direction="minimize" if sweep.metric.startswith("-") else "maximize",
             )  # fmt: skip
             self._mend()
-            there = [text(choice) for one in self._proposals() if (choice := self._choice(one)) is not None]
+            there = {text(choice) for one in self._proposals() if (choice := self._choice(one)) is not None}
             for choice in grid(sweep.search) if sweep.sampler == "grid" else known(sweep):
                 if text(choice) not in there:
                     self.study.enqueue_trial(dict(choice))
@@ -99,15 +99,10 @@ class Study:
                 self.study.sampler = _sampler(self.sweep, seed)
                 asked = self.study.ask(self.distributions)
                 (one,) = (one for one in self._proposals() if one.number == asked.number)
-                try:
-                    trials = self._trials(one)
-                except ValueError as error:
-                    _log.warning("combination %d makes no recipe: %s", one.number + 1, error)
-                    self.storage.set_trial_user_attr(self._id(one.number), REFUSED, str(error))
-                    self.study.tell(one.number, state=TrialState.FAIL)
-                    continue
-                self._keep_proposed()
-                return Combination(one.number, trials)
+                if trials := self._trials(one):
+                    self._keep_proposed()
+                    return Combination(one.number, trials)
+                self.study.tell(one.number, state=TrialState.FAIL)
         return None
 
     def settle(self) -> None:
@@ -183,21 +178,26 @@ class Study:
         }
 
     def _trials(self, one: FrozenTrial) -> tuple[Trial, ...]:
-        """Those of a proposal, none of one that makes no recipe; raises ValueError where that is new."""
+        """Those of a proposal, none of one that makes no recipe."""
         choice = self._choice(one)
-        if choice is None or REFUSED in one.user_attrs:
+        if choice is None:
             return ()
         if one.number not in self.made:
-            self.made[one.number] = trials_of(self.sweep, self.base, choice)
+            try:
+                self.made[one.number] = trials_of(self.sweep, self.base, choice)
+            except ValueError as error:
+                _log.warning("combination %d makes no recipe: %s", one.number + 1, error)
+                self.made[one.number] = ()
         return self.made[one.number]
 
     def _mend(self) -> None:
         """End proposals whose worker was killed in the middle of making them; nobody else is making one now."""
         for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._choice(one) is None:
-                self.study.tell(one.number, state=TrialState.FAIL)
-                if (fixed := one.system_attrs.get("fixed_params")) is not None:
-                    self.study.enqueue_trial(fixed, user_attrs=one.user_attrs)
+            if self._trials(one):
+                continue
+            self.study.tell(one.number, state=TrialState.FAIL)
+            if self._choice(one) is None and (fixed := one.system_attrs.get("fixed_params")) is not None:
+                self.study.enqueue_trial(fixed, user_attrs=one.user_attrs)
 
     def _id(self, number: int) -> int:
         """That of a proposal in the storage, which several studies share."""
@@ -207,7 +207,7 @@ class Study:
     def _keep_proposed(self) -> None:
         """Write down what was proposed, for the study that comes after this one."""
         if self.sweep.sampler != "grid":
-            chosen = [choice for one in self._proposals() if (choice := self._choice(one)) is not None and REFUSED not in one.user_attrs]
+            chosen = [choice for one in self._proposals() if (choice := self._choice(one)) is not None and self._trials(one)]
             each = {text(choice): choice for choice in (*_read_proposed(self.sweep), *chosen)}
             replace(self.sweep.output / PROPOSED, json.dumps(list(each.values()), indent=1).encode())
 
