@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 from store import layout
 from store.publish import make_folder, replace
@@ -29,6 +28,7 @@ from student_train.output import RESULT, phase_folder, student_folder
 from student_train.pruning import best, curve
 from student_train.recipe import PhaseSpec, TrainRecipe
 from student_train.sweep import Sweep, Trial
+from student_train.weights import count_weights
 
 SWEEP = "sweep.yaml"
 TABLE = "trials.json"
@@ -194,7 +194,7 @@ def _row(sweep: Sweep, trial: Trial) -> Row:
         score=score(sweep, trial) if done else None,
         scores=_scores(trial) if done else {},
         start=_result(trial.recipe, _first(trial)).get("start") if done else None,
-        student_parameters=_weights(student_folder(trial.recipe, trial.scored.name)) if done else None,
+        student_parameters=count_weights(student_folder(trial.recipe, trial.scored.name)) if done else None,
         seconds=None if ending is None or not ending.seconds else ending.seconds,
         device=None if ending is None or not ending.seconds else ending.device,
         error=ending.error if now == "failed" and ending is not None else None,
@@ -220,19 +220,6 @@ def _first(trial: Trial) -> PhaseSpec:
 def _result(recipe: TrainRecipe, phase: PhaseSpec) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads((phase_folder(recipe, phase.name) / RESULT).read_text(encoding="utf-8"))
     return tree
-
-
-def _weights(student: Path) -> int:
-    """Numbers in the weight files of an exported student."""
-    total = 0
-    for path in sorted(student.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118
-                size = 1
-                for length in file.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total
 
 
 def _ending(sweep: Sweep, trial: Trial) -> Path:

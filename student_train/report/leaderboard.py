@@ -10,7 +10,7 @@ from student_train.report.combinations import Combination, best_of_methods, comb
 from student_train.report.drawing import panels
 from student_train.report.runs import Run, Runs
 from student_train.report.section import Picture, Section, Table
-from student_train.report.weights import count_weights, weight_bytes
+from student_train.weights import count_weights, weight_bytes
 
 _FURTHER = 4
 """Other scores than the ranking one that have a column."""

@@ -61,6 +61,7 @@ class Run:
     state: str
     """``finished``, ``failed``, ``pruned`` or ``open``."""
     error: str
+    """Why a trial failed, or when it was pruned."""
     seconds: float | None
     """How long its last process ran, where a sweep has noted it."""
     phases: tuple[Phase, ...]
@@ -168,12 +169,20 @@ def _trial(folder: Path, sweep: Mapping[str, Any], row: Mapping[str, Any]) -> Ru
         parameters=parameters,
         seed=int(row["seed"]),
         state=str(row["state"]),
-        error=str(row.get("error") or ""),
+        error=_said(row, str(sweep.get("metric", "loss")).removeprefix("-")),
         seconds=row.get("seconds"),
         phases=phases,
         scored=scored,
         identity=json.dumps([str(folder), parameters], sort_keys=True),
     )
+
+
+def _said(row: Mapping[str, Any], metric: str) -> str:
+    """Why a trial ended before its time; empty where it didn't."""
+    if row.get("pruned") is None:
+        return str(row.get("error") or "")
+    best = "no number" if row.get("best") is None else f"{row['best']:.4f}"
+    return f"pruned at step {row['pruned']}, {metric} {best} at best"
 
 
 def _run(folder: Path) -> Run:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from student_train.report.comparisons import compare
 from student_train.report.gkd_distances import coefficients
 from student_train.report.runs import Phase, Run, Runs
-from student_train.report.weights import count_weights, weight_bytes
+from student_train.weights import count_weights, weight_bytes
 
 _INTERVAL = pa.struct([("low", pa.float64()), ("high", pa.float64())])
 

@@ -84,6 +84,15 @@ def test_what_training_took_stands_in_the_leaderboard(write_run: Callable[..., P
     assert [cells(best, column) for column in ("time", "memory", "read / row")] == [["2.0 min"], ["1.5 GB"], ["512 B"]]
 
 
+def test_a_pruned_trial_stands_among_those_that_are_not_finished(write_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep", {"kd": [0.8], "pkd": [None]})
+    rows = json.loads((folder / "trials.json").read_text())
+    rows[1] |= {"state": "pruned", "pruned": 20, "best": 0.61}
+    (folder / "trials.json").write_text(json.dumps(rows))
+    table = found(leaderboard(load([folder])), "Not finished")
+    assert table.rows == (("pkd", "", "0", "pruned", "pruned at step 20, accuracy 0.6100 at best"),)
+
+
 def test_runs_that_were_measured_on_other_rows_are_said_to_be(write_run: Callable[..., Path], tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"run{seed}", seed=seed, after={"accuracy": 0.8}) for seed in range(2)]
     assert not any("same rows" in text for text in leaderboard(load(folders)).text)
