@@ -8,7 +8,7 @@ import torch
 
 from online.batch import IGNORED, Batch
 from student_train.metrics import COLUMNS, LM_LOGITS, METRICS
-from student_train.metrics import ece as measured
+from student_train.scores import ece as measured
 
 TOKENS, WORDS = 40, 7
 
