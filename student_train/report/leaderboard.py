@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from online.figures import duration, size
+from student_train.report.answers import read_answers, row_values
 from student_train.report.colours import INK, MUTED, series
 from student_train.report.combinations import Combination, best_of_methods, combinations, hyperparameters, spread
 from student_train.report.drawing import panels
@@ -29,6 +31,8 @@ def leaderboard(runs: Runs) -> Section:
         f"{len(runs.finished)} of {len(runs.all)} runs are finished: {len(finished)} combinations of {len(best)} methods. Score: held-out "
         f"{runs.metric} ({way}), mean ± sample standard deviation over seeds."
     ]
+    if (teacher := _teacher(best, runs.metric)) is not None:
+        text.append(f"The teacher's {runs.metric} on the rows of {best[0].method} is {teacher:.4f}.")
     if len({_measured_on(run) for run in runs.finished}) > 1:
         text.append("Not all runs were measured on the same rows: compare those that were.")
     tables = []
@@ -123,6 +127,17 @@ def _starts(finished: Sequence[Run]) -> str:
     if all(len(starts) == 1 for starts in of_seed.values()):
         return "All students of one seed began with the same weights."
     return "Students of one seed began with different weights: compare with care."
+
+
+def _teacher(best: Sequence[Combination], metric: str) -> float | None:
+    """The teacher's own score on the best student's held-out rows; None where its answers were not kept, or the score compares with it."""
+    if not best or metric in ("agreement", "task_kl") or (phase := best[0].finished[0].phase) is None:
+        return None
+    answers = read_answers(phase)
+    if len(answers) != 1 or answers[0].teacher is None:
+        return None
+    values = row_values(replace(answers[0], student=answers[0].teacher), metric)
+    return None if values is None else float(values.mean())
 
 
 def _measured_on(run: Run) -> str:

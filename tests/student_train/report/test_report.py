@@ -93,6 +93,14 @@ def test_a_pruned_trial_stands_among_those_that_are_not_finished(write_sweep: Ca
     assert table.rows == (("pkd", "", "0", "pruned", "pruned at step 20, accuracy 0.6100 at best"),)
 
 
+def test_the_teachers_own_score_is_said(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    answers = {"row": range(4), "label": [0.0, 1.0, 1.0, 0.0], "student": [[1.0, 0.0]] * 4, "teacher": teacher}
+    folder = write_run(tmp_path / "run", after={"accuracy": 0.5, "agreement": 0.75}, answers=answers)
+    assert "The teacher's accuracy on the rows of kd is 0.7500." in leaderboard(load([folder])).text
+    assert not any("teacher's" in text for text in leaderboard(load([folder], "agreement")).text)
+
+
 def test_runs_that_were_measured_on_other_rows_are_said_to_be(write_run: Callable[..., Path], tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"run{seed}", seed=seed, after={"accuracy": 0.8}) for seed in range(2)]
     assert not any("same rows" in text for text in leaderboard(load(folders)).text)
