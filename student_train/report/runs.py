@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.strict import read_yaml
+from store.strict import did_you_mean, read_yaml
 from student_train.journal import read_journal
 
 LOWER_IS_BETTER = frozenset({"loss", "task_kl", "teacher_kl", "mse", "perplexity", "ece", "task_ece"})
@@ -108,7 +108,7 @@ def load(folders: Sequence[Path], metric: str | None = None) -> Runs:
             ``best`` or first of ``metrics`` of the first run.
 
     Raises:
-        ValueError: a folder that is neither, or a damaged file in one.
+        ValueError: a folder that is neither, a damaged file in one, or a metric that no finished run has measured.
     """
     found: list[Run] = []
     wanted = [metric] if metric else []
@@ -125,6 +125,9 @@ def load(folders: Sequence[Path], metric: str | None = None) -> Runs:
         raise ValueError(f"no trial of {', '.join(str(folder) for folder in folders)} has ended yet: there is nothing to report")
     chosen = wanted[0] if wanted else _metric(found[0])
     name = chosen.removeprefix("-")
+    measured = sorted({score for run in found if run.phase is not None for score in run.phase.after})
+    if measured and name not in measured:
+        raise ValueError(f"none of the runs has measured {name!r}{did_you_mean(name, measured)}; give --metric another one")
     lower = chosen.startswith("-") or name.rpartition("/")[2] in LOWER_IS_BETTER
     return Runs(tuple(found), name, lower)
 

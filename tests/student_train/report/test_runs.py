@@ -74,8 +74,17 @@ def test_unfinished_runs_and_trials_are_read_as_far_as_they_have_come(
 def test_the_metric_is_the_one_that_is_said_or_the_sweeps(
     write_sweep: Callable[..., Path], tmp_path: Path, metric: str, said: str | None, lower: bool
 ) -> None:
-    runs = load([write_sweep(tmp_path / "sweep", {"kd": [0.8]}, metric=metric)], said)
+    folder = write_sweep(tmp_path / "sweep", {"kd": [0.8]}, metric=metric)
+    result = folder / "trials" / "method=kd-seed=0" / "only" / "result.json"
+    result.write_text(json.dumps({"after": {"accuracy": 0.8, "agreement": 0.5, "loss": 1.0}}))
+    runs = load([folder], said)
     assert (runs.metric, runs.lower) == ((said or metric).removeprefix("-"), lower)
+
+
+def test_a_metric_that_no_run_has_measured_is_refused(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", after={"accuracy": 0.8, "loss": 1.0})
+    with pytest.raises(ValueError, match=r"none of the runs has measured 'acuracy'.*accuracy"):
+        load([folder], "acuracy")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
