@@ -87,7 +87,8 @@ def comparisons(runs: Runs) -> Section | None:
     tables = [_table(f"{first} against each other method", with_first, note)]
     if len(found) > len(with_first):
         tables.append(_table("All pairs", found, note, folded=True))
-    return Section("Comparisons", text, tuple(tables), (_picture(with_first, runs),))
+    drawn = (_picture(with_first, runs),) if any(one.over_rows or one.over_seeds for one in with_first) else ()
+    return Section("Comparisons", text, tuple(tables), drawn)
 
 
 def _compare(one: Combination, other: Combination, rows_of_one: _OfRows, rows_of_other: _OfRows) -> Comparison:

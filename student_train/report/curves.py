@@ -15,7 +15,7 @@ from matplotlib.ticker import LogFormatter
 from student_train.report.colours import dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
 from student_train.report.drawing import panels
-from student_train.report.runs import Phase, Runs
+from student_train.report.runs import Phase, Run, Runs
 from student_train.report.section import Picture, Section
 
 POINTS = 120
@@ -28,6 +28,10 @@ GRADIENT = "gradient/"
 _NO_TERMS = frozenset({"step", "epoch", "learning_rate", "tokens_per_second", "loader_wait", "wait_fraction", "grad_norm"})
 
 
+SCORED = ""
+"""Stands for the phase of each run that is scored, whatever its name."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """A value over steps."""
@@ -37,12 +41,10 @@ class Curve:
 
 
 def curve(one: Combination, phase: str, name: str) -> Curve:
-    """The logged value ``name`` of a phase, mean over the seeds that have it at a step; thinned to POINTS."""
+    """The logged value ``name`` of the phase of that name, or of SCORED; mean over the seeds that have it at a step; thinned to POINTS."""
     at_step: dict[int, list[float]] = {}
     for run in one.runs:
-        for of_run in run.phases:
-            if of_run.name != phase:
-                continue
+        for of_run in _of(run, phase):
             score = name.removeprefix("eval_")
             if score != name and of_run.before is not None and score in of_run.before:
                 at_step.setdefault(0, []).append(of_run.before[score])
@@ -65,7 +67,7 @@ def curves(runs: Runs) -> Section | None:
         terms = [name for name in names if not name.startswith(("eval_", GRADIENT)) and name not in _NO_TERMS]
         scores = [name for name in names if name.startswith("eval_") and "/" not in name]
         held_out = [name for name in names if name.startswith("eval_") and "/" in name]
-        where = f" of phase {phase}" if len(phases) > 1 else ""
+        where = "" if len(phases) == 1 else f" of {_called(phase)}"
         for kind, found, said in (
             ("scores", scores, f"Held-out scores{where}, from the untrained student on."),
             ("terms", terms, f"Loss and its terms{where} in training, times their weights."),
@@ -86,7 +88,7 @@ def gradients(runs: Runs) -> Section | None:
     for phase in phases:
         norms = [name for name in _names(shown, phase) if name.startswith(GRADIENT)]
         parts = [name for name in norms if _is_part(name.removeprefix(GRADIENT))]
-        where = f" in phase {phase}" if len(phases) > 1 else ""
+        where = "" if len(phases) == 1 else f" in {_called(phase)}"
         for kind, found, said in (
             ("parts", parts, f"Norm of the gradient in each part of the student{where}, before clipping."),
             (
@@ -110,14 +112,23 @@ def _shown(runs: Runs) -> list[Combination]:
 
 
 def _phases(runs: Runs) -> list[str]:
-    """Names of phases in the order in which they are met."""
-    return list(dict.fromkeys(phase.name for run in runs.all for phase in run.phases))
+    """Names of the phases that aren't scored, in the order in which they are met, and SCORED."""
+    return [*dict.fromkeys(phase.name for run in runs.all for phase in run.phases if phase is not run.phase), SCORED]
+
+
+def _of(run: Run, phase: str) -> list[Phase]:
+    """The phase of that name; with SCORED the one that is scored."""
+    return [one for one in run.phases if (one is run.phase if phase == SCORED else one.name == phase)]
+
+
+def _called(phase: str) -> str:
+    return f"phase {phase}" if phase != SCORED else "the phase that is scored"
 
 
 def _names(shown: Sequence[Combination], phase: str) -> list[str]:
     """What is logged, in the order in which it is met."""
-    found: list[Phase] = [own for one in shown for run in one.runs for own in run.phases if own.name == phase]
-    return list(dict.fromkeys(name for own in found for log in own.logs for name in log if isinstance(log[name], int | float)))
+    logs = [log for one in shown for run in one.runs for own in _of(run, phase) for log in own.logs]
+    return list(dict.fromkeys(name for log in logs for name in log if isinstance(log[name], int | float)))
 
 
 def _by_name(name: str, said: str, shown: Sequence[Combination], phase: str, names: Sequence[str]) -> Picture:

@@ -144,6 +144,7 @@ def test_one_seed_is_not_tested_and_that_is_said(write_sweep: Callable[..., Path
     assert section is not None
     assert "one seed: no test" in section.text[0]
     assert cells(found(section, "pkd against"), "verdict") == ["one seed: no test"]
+    assert section.pictures == ()  # there are no intervals to draw
 
 
 def test_the_interval_over_rows_pairs_the_answers_to_the_same_rows(write_sweep: Callable[..., Path], tmp_path: Path) -> None:
