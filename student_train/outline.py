@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from online.models import load_config, model_shape
 from store.errors import MissingFeature, StoreError
 from store.features import FeatureKey
@@ -161,7 +163,11 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
 
 def folder_head(folder: Path) -> Head:
     """The head that a folder's configuration names."""
-    architecture = ((load_config(folder).architectures or None) or [""])[0]
+    return config_head(load_config(folder))
+
+
+def config_head(config: PreTrainedConfig) -> Head:
+    architecture = (config.architectures or [""])[0]
     return next((head for ending, head in HEAD_OF.items() if architecture.endswith(ending)), "base")
 
 
@@ -199,7 +205,8 @@ def _teacher_shapes(data: DataSpec, manifest: Manifest | None, folders: Folders)
             check_same_teacher(own)
             shapes[name] = next(iter(own.values())).shape
         elif folder := _folder(folders, pass_name):
-            shapes[name] = model_shape(load_config(folder), folder_head(folder))
+            config = load_config(folder)
+            shapes[name] = model_shape(config, config_head(config))
         else:
             raise MissingFeature(f"{data.store} has no pass {lacking[0]!r}{did_you_mean(lacking[0], sorted(passes))}")
     return shapes
@@ -274,9 +281,10 @@ def _started(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Bluepri
 
 def _task(folder: Path | None) -> Task:
     """What the labels of rows that are not there yet must mean, if their teacher answers for them."""
-    if folder is None or (head := folder_head(folder)) not in LABELLED_HEADS:
+    config = None if folder is None else load_config(folder)
+    if config is None or (head := config_head(config)) not in LABELLED_HEADS:
         return Task(kind="none")
-    classes = tuple(load_config(folder).id2label.values())
+    classes = tuple(config.id2label.values())
     if head == "token_classification":
         return Task(kind="token", classes=classes)
     return Task(kind="classification", classes=classes) if len(classes) > 1 else Task(kind="regression")
