@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from two_ranks import launched
 
 from student_train import checkpoint
 from student_train.journal import read_journal
@@ -68,7 +69,7 @@ def test_a_killed_rank_ends_the_job_with_one_line_and_the_same_command_goes_on_e
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     recipes = {folder: written(folder, sentiment, zero=zero) for folder in (whole, cut)}
-    done = launch(whole, recipes[whole])
+    done = launched("-m", "student_train.cli", "run", str(recipes[whole]))
     assert done.returncode == 0, done.stderr[-4000:]
 
     done = launch(cut, recipes[cut], "SIGKILL")
