@@ -61,7 +61,7 @@ def _tones(low: Colour, middle: Colour, high: Colour) -> tuple[Colour, ...]:
 
 DIVERGING = _tones(Colour("#6fa8dc", "#1d5f9c"), Colour("#f6f6f4", "#22262a"), Colour("#ee9a80", "#a8452b"))
 """From -1 (blue) over 0 (the page) to +1 (red)."""
-SEQUENTIAL = _tones(Colour("#f4f8f6", "#1f2726"), Colour("#b5dccd", "#16594a"), Colour("#63b799", "#0f8a6b"))
+SEQUENTIAL = _tones(Colour("#f4f8f6", "#1f2726"), Colour("#b5dccd", "#184b40"), Colour("#63b799", "#0f6f57"))
 """From little (the page) to much (green)."""
 
 ROLES: dict[str, Colour] = {

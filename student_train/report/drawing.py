@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import matplotlib
@@ -84,19 +84,20 @@ def svg(figure: Figure, name: str) -> str:
 
 def svg_file(drawn: str) -> str:
     """What ``svg`` gave as a file of its own, which knows both variants of its colours."""
+    used = [role for role in ROLES if f"var(--{role})" in drawn]
     first, rest = drawn.split(">", 1)
-    css = f"svg {{ {light()} font-family: system-ui, sans-serif; }}\n@media (prefers-color-scheme: dark) {{ svg {{ {dark()} }} }}"
+    css = f"svg {{ {light(used)} font-family: system-ui, sans-serif; }}\n@media (prefers-color-scheme: dark) {{ svg {{ {dark(used)} }} }}"
     return f'<?xml version="1.0" encoding="utf-8"?>\n{first}>\n<style>{css}</style>{rest}\n'
 
 
-def light() -> str:
-    """CSS variables of all roles on a light page."""
-    return " ".join(f"--{role}: {colour.light};" for role, colour in ROLES.items())
+def light(roles: Iterable[str] = ROLES) -> str:
+    """CSS variables of ``roles`` on a light page."""
+    return " ".join(f"--{role}: {ROLES[role].light};" for role in roles)
 
 
-def dark() -> str:
+def dark(roles: Iterable[str] = ROLES) -> str:
     """The same on a dark one."""
-    return " ".join(f"--{role}: {colour.dark};" for role, colour in ROLES.items())
+    return " ".join(f"--{role}: {ROLES[role].dark};" for role in roles)
 
 
 def _short(attribute: str) -> str:
