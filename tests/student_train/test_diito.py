@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 import yaml
 from transformers import BertConfig
+from two_ranks import launched
 
 from online.batch import Batch, Features
 from online.collate import collate
@@ -130,11 +128,7 @@ def test_two_ranks_train_as_one(changes: dict[str, object], folder: Path, offlin
     spread = recipe(folder, tmp_path / "two", online=True, **changes)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_yaml(spread))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run([*command, "-m", "student_train.cli", "run", str(file)], timeout=500, capture_output=True, text=True, check=False)
+    done = launched("-m", "student_train.cli", "run", str(file), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     for entry, expected in zip(curve(spread), curve(offline), strict=True):
         assert entry == pytest.approx(expected, rel=1e-4, abs=2e-6), entry["step"]

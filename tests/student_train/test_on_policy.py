@@ -4,9 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from two_ranks import launched
 
 from online.collate import collate
 from online.models import ModelSpec, load_model
@@ -88,11 +86,7 @@ def test_two_ranks_train_as_one(tiny: ModuleType, folder: Path, tmp_path: Path) 
     shutil.copytree(folder, still)
     tiny.write_model(still / "student", tiny.gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), 2)
     runs = [{"folder": str(still), "output": str(tmp_path / name), "methods": [spec(name)]} for name in METHODS]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny.__file__]
-    done = subprocess.run([*command, json.dumps(runs)], timeout=280, capture_output=True, text=True, check=False)
+    done = launched(str(tiny.__file__), json.dumps(runs))
     assert done.returncode == 0, done.stderr[-4000:]
     for name in METHODS:
         bundle, alone = tiny.train_once(still, tmp_path / "alone" / name, [spec(name)])

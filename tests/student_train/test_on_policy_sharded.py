@@ -1,14 +1,13 @@
 """Teachers in parts that judge what the student writes, and write along: two ranks are one."""
 
 import importlib.util
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from two_ranks import launched
 
 from student_train.journal import read_journal
 from student_train.output import recipe_yaml
@@ -42,13 +41,7 @@ def curve(output: Path) -> list[dict[str, float]]:
 
 
 def two_ranks(recipe: Path) -> "subprocess.CompletedProcess[str]":
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.run(
-        [*command, "-m", "student_train.cli", "run", str(recipe)], timeout=280, capture_output=True, text=True, check=False
-    )
+    return launched("-m", "student_train.cli", "run", str(recipe))
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from two_ranks import launched
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -135,11 +134,7 @@ def test_two_ranks_train_as_one(store: Path, tmp_path: Path) -> None:
         {"method": spec(name).model_dump(), "store": str(store), "output": str(tmp_path / name), "accumulation": 1, **options}
         for name in OPTIONS
     ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny_choice.__file__]
-    done = subprocess.run([*command, json.dumps(runs)], timeout=300, capture_output=True, text=True, check=False)
+    done = launched(str(tiny_choice.__file__), json.dumps(runs))
     assert done.returncode == 0, done.stderr[-4000:]
     for name in OPTIONS:
         bundle, method = tiny_choice.build(spec(name), store)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_ranks import launched
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -179,11 +178,7 @@ def test_two_ranks_train_as_one(store: Path, tmp_path: Path) -> None:
         {"method": spec(name).model_dump(), "store": str(store), "output": str(tmp_path / name), "dropout": 0.0, **options}
         for name in METHODS
     ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), tiny_domains.__file__]
-    done = subprocess.run([*command, json.dumps(runs)], timeout=300, capture_output=True, text=True, check=False)
+    done = launched(str(tiny_domains.__file__), json.dumps(runs))
     assert done.returncode == 0, done.stderr[-4000:]
     for name in METHODS:
         bundle, method = tiny_domains.build(spec(name), store, dropout=0.0)

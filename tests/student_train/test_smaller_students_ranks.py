@@ -1,14 +1,11 @@
 """Students that keep only some words on two ranks, whole and in parts: the words and losses of one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from two_ranks import launched
 
 from online.kept_words import read_kept_words
 from store.strict import parse
@@ -41,15 +38,7 @@ def test_two_ranks_find_the_words_of_one_and_train_alike_whole_and_in_parts(many
     for name, zero in {"whole": None, "parts": {"stage": 3}}.items():
         made = recipe(tmp_path / name, many_words, zero)
         (tmp_path / f"{name}.yaml").write_text(recipe_yaml(made))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(
-            [*command, "-m", "student_train.cli", "run", str(tmp_path / f"{name}.yaml"), "--phase", "words"],
-            timeout=250, capture_output=True, text=True, check=False, env=environment,
-        )  # fmt: skip
+        done = launched("-m", "student_train.cli", "run", str(tmp_path / f"{name}.yaml"), "--phase", "words")
         assert done.returncode == 0, done.stderr[-4000:]
         found = json.loads((made.output / "words" / "result.json").read_text())
         assert found["start"] == expected["start"]

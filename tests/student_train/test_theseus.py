@@ -1,9 +1,6 @@
 """BERT-of-Theseus: what each step computes, what moves, and what its ends are equal to."""
 
 import shutil
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
+from two_ranks import launched
 
 from online.collate import collate
 from online.models import ModelSpec, load_model
@@ -219,12 +217,7 @@ def test_two_ranks_train_as_one(sharding: dict[str, Any], folder: Path, tmp_path
     live = {"online": {"model": str(folder / "teacher"), "head": "classification", "sharding": sharding}}
     two = recipe(folder, tmp_path / "two", options, student=student, teacher=live)
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(two))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["-m", "student_train.cli", "run", str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+    done = launched("-m", "student_train.cli", "run", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-4000:]
     for entry, expected in zip(curve(two), curve(one), strict=True):
         assert entry == pytest.approx(expected, rel=2e-4, abs=5e-6), entry["step"]
