@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     DistilBertConfig,
+    ElectraConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -43,6 +44,7 @@ _TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: BertConfig(**_BERT),
+    "electra": lambda: ElectraConfig(**_BERT, embedding_size=6),
     "roberta": lambda: RobertaConfig(**_BERT),
     "xlm-roberta": lambda: AutoConfig.for_model("xlm-roberta", **_BERT),
     "distilbert": lambda: DistilBertConfig(vocab_size=40, dim=16, n_layers=4, n_heads=2, hidden_dim=24),
