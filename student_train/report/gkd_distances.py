@@ -53,6 +53,7 @@ def gkd_distances(runs: Runs) -> Section | None:
     ]
     pictures, tables = [], []
     for suffix, of_phase in by_phase(enough):
+        text += _unmet(of_phase, runs)
         pictures += _pictures(of_phase, runs, suffix)
         tables.append(_table(of_phase, runs))
     return Section("GKD 4 and 5: distances, loss and score", tuple(text), tuple(tables), tuple(pictures))
@@ -108,6 +109,16 @@ def lacking(found: Sequence[Checkpoints]) -> list[str]:
     return [
         f"A coefficient needs {FEWEST} checkpoints, and {len(few)} of {len(found)} probed phases have fewer ({shown}): evaluate more often "
         "(trainer.eval_steps), or let the probe look at more steps (probe.every)."
+    ]
+
+
+def _unmet(found: Sequence[Checkpoints], runs: Runs) -> list[str]:
+    """A sentence on each target that was measured at too few of the probed steps."""
+    return [
+        f"No map for the {target.name} of phase {found[0].phase.name}: it was measured at {met(found, target)} of the probed steps, and a "
+        f"coefficient needs {FEWEST}. Let the probe look at more steps (probe.every)."
+        for target in targets(found[0], runs)
+        if target is not None and met(found, target) < FEWEST
     ]
 
 
@@ -171,9 +182,15 @@ def maps(name: str, found: Sequence[Checkpoints], against: Sequence[Target], kin
     return figure
 
 
+def met(found: Sequence[Checkpoints], target: Target) -> int:
+    """At how many steps a probe looked and ``target`` was measured, at most of all runs."""
+    return max(len(paired(series, target.of(one))[0]) for one in found for series in one.distances.values())
+
+
 def _pictures(found: Sequence[Checkpoints], runs: Runs, suffix: str) -> list[Picture]:
-    loss, score = targets(found[0], runs)
-    against = [loss] if score is None else [loss, score]
+    against = [target for target in targets(found[0], runs) if target is not None and met(found, target) >= FEWEST]
+    if not against:
+        return []
     count = f"phase {found[0].phase.name}, {counted(found)}, {_range([checkpoints(one) for one in found])} checkpoints each"
     pictures = [
         Picture(

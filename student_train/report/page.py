@@ -45,7 +45,7 @@ th, td { padding: .34rem .8rem .34rem 0; border-bottom: 1px solid var(--grid); t
 thead th { color: var(--muted); font-weight: 500; border-bottom-color: var(--muted); white-space: nowrap; vertical-align: bottom; }
 tbody th { font-weight: 600; white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
-td { min-width: 4rem; max-width: 30rem; overflow-wrap: anywhere; }
+td { min-width: 4rem; max-width: 30rem; overflow-wrap: break-word; }
 td.t { min-width: 18rem; }
 tbody tr:hover { background: color-mix(in srgb, var(--grid) 45%, transparent); }
 details { margin: 1rem 0; }

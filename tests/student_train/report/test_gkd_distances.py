@@ -200,3 +200,15 @@ def test_a_mean_over_runs_leaves_those_without_a_coefficient_out() -> None:
 def test_what_chance_alone_exceeds_is_the_critical_value_of_the_tables(checkpoints: int, critical: float) -> None:
     """Two-sided, 5 %, n - 2 degrees of freedom: as in the appendices of textbooks."""
     assert by_chance(checkpoints) == pytest.approx(critical, abs=0.0005)
+
+
+def test_a_target_that_was_measured_at_too_few_steps_has_no_map_and_is_named(tmp_path: Path) -> None:
+    losses, accuracy = (5.0, 3.0, 4.0, math.nan, math.nan), (0.5, 0.6, 0.8, 0.7, 0.9)
+    values = [2.0, 2.5, 0.5, 0.7, 0.1]
+    with drawing.style():
+        section = gkd_distances(runs(tmp_path, {"one": probe({"hidden.1-2": values}, losses, accuracy)}))
+    assert section is not None
+    assert any("No map for the training loss of phase only: it was measured at 3 of the probed steps" in text for text in section.text)
+    assert [picture.caption.split(": ")[0] for picture in section.pictures] == [
+        f"{name} coefficients of distances with held-out accuracy" for name in ("Spearman", "Pearson")
+    ]
