@@ -5,7 +5,7 @@ heads at the whole model. Modules are counted from 0 in paths; blocks are counte
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -92,6 +92,17 @@ _LLAMA_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 _BERT_SPLIT = ((*_BERT_PROJECTIONS, "intermediate.dense"), ("attention.output.dense", "output.dense"))
 
+_BERT = Family(
+    block="encoder.layer.{i}",
+    projections=_BERT_PROJECTIONS,
+    heads=ENCODER_HEADS,
+    attention_output="attention.output.dense",
+    transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    activation=lambda config: config.hidden_act,
+    segments=True,
+    split=_BERT_SPLIT,
+)
+
 _ROBERTA = Family(
     block="encoder.layer.{i}",
     projections=_BERT_PROJECTIONS,
@@ -105,26 +116,12 @@ _ROBERTA = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        block="encoder.layer.{i}",
-        projections=_BERT_PROJECTIONS,
-        heads=ENCODER_HEADS,
-        attention_output="attention.output.dense",
-        transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
-        activation=lambda config: config.hidden_act,
-        segments=True,
-        split=_BERT_SPLIT,
-    ),
-    "electra": Family(
-        block="encoder.layer.{i}",
-        projections=_BERT_PROJECTIONS,
-        heads=ENCODER_HEADS,
-        attention_output="attention.output.dense",
+    "bert": _BERT,
+    "electra": replace(
+        _BERT,
         transform=("generator_predictions.dense", "generator_predictions.LayerNorm"),
         activation=lambda config: "gelu",
-        segments=True,
         embedding=lambda config: config.embedding_size,
-        split=_BERT_SPLIT,
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,

@@ -1,13 +1,11 @@
 """The curves of a run as one table: what metrics.jsonl holds, for whoever reads Parquet."""
 
-import io
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import parquet
 
-from store.publish import replace
 from student_train.journal import read_journal
+from student_train.parquet_file import write_parquet
 
 JOURNAL = "metrics.jsonl"
 CURVES = "metrics.parquet"
@@ -36,11 +34,4 @@ def curves(folder: Path) -> pa.Table:
 
 def write_curves(folder: Path) -> None:
     """Put them at ``metrics.parquet`` beside metrics.jsonl; raises StoreError where that cannot be written."""
-    write_table(folder / CURVES, curves(folder))
-
-
-def write_table(file: Path, table: pa.Table) -> None:
-    """``table`` at ``file``, whole or not at all, in place of what was there."""
-    written = io.BytesIO()
-    parquet.write_table(table, written, compression="zstd")
-    replace(file, written.getvalue())
+    write_parquet(folder / CURVES, curves(folder))

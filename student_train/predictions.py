@@ -4,17 +4,15 @@ It holds the task logits that the phase's metrics were computed from, so it is w
 not of words or of tokens' classes.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from store.publish import replace
 from student_train.evaluate import HeldOut
 from student_train.metrics import Columns
+from student_train.parquet_file import write_parquet
 
 PREDICTIONS = "predictions.parquet"
 SCHEMA = pa.schema(
@@ -37,9 +35,7 @@ def write_predictions(folder: Path, held_out: Sequence[HeldOut], answers: Sequen
     if not tables:
         (folder / PREDICTIONS).unlink(missing_ok=True)
         return
-    stream = io.BytesIO()
-    pq.write_table(pa.concat_tables(tables), stream, compression="zstd")
-    replace(folder / PREDICTIONS, stream.getvalue())
+    write_parquet(folder / PREDICTIONS, pa.concat_tables(tables))
 
 
 def _table(data: HeldOut, columns: Columns) -> pa.Table:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from student_train.curves import JOURNAL, write_table
+from student_train.curves import JOURNAL
 from student_train.journal import read_journal
+from student_train.parquet_file import write_parquet
 
 PROBE_JOURNAL = "probe.jsonl"
 PROBE = "probe.parquet"
@@ -47,7 +48,7 @@ def probe_table(folder: Path) -> pa.Table:
 
 def write_probe(folder: Path) -> None:
     """Put it at ``probe.parquet``; raises StoreError where that cannot be written."""
-    write_table(folder / PROBE, probe_table(folder))
+    write_parquet(folder / PROBE, probe_table(folder))
 
 
 def _columns(name: str) -> dict[str, object]:

@@ -1,12 +1,10 @@
 """A report on disk: ``report.html``, ``report.md`` with ``pictures/``, and a Parquet file for each table."""
 
-import io
 from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from store.publish import make_folder, replace
+from student_train.parquet_file import write_parquet
 from student_train.report.drawing import style, svg, svg_file
 from student_train.report.markdown import PICTURES, markdown
 from student_train.report.page import page
@@ -35,9 +33,7 @@ def write_report(runs: Runs, folder: Path) -> Path:
     for name, text in drawn.items():
         replace(folder / PICTURES / f"{name}.svg", svg_file(text).encode())
     for name, table in tables(runs).items():
-        stream = io.BytesIO()
-        pq.write_table(table, stream, compression="zstd")
-        replace(folder / f"{name}.parquet", stream.getvalue())
+        write_parquet(folder / f"{name}.parquet", table)
     replace(folder / "report.md", markdown(*about).encode())
     replace(folder / PAGE, page(*about, drawn).encode())
     return folder / PAGE

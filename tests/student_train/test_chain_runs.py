@@ -3,12 +3,12 @@
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, each of which loads torch
 
@@ -26,14 +26,6 @@ def times(folder: Path) -> dict[Path, int]:
     """When each file of the store's arrays and of the phases was written."""
     kept = [*(folder / "features").rglob("c.*"), *(folder / "out").rglob("*.safetensors"), *(folder / "out").rglob("result.json")]
     return {path: path.stat().st_mtime_ns for path in kept}
-
-
-def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 600
-    while not true():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_chain_trains_assistant_and_student_and_skips_what_is_done(whole: tuple[Path, str], tiny_chain: ModuleType) -> None:

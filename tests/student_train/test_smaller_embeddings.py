@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from online.kept_words import kept_words
+from online.kept_words import KeptWords, kept_words
 from online.models import ModelSpec, load_config, load_model
 from store.manifest import Task
 from store.strict import parse
@@ -34,18 +35,33 @@ def recipe(output: Path, folder: Path, student: dict[str, Any]) -> TrainRecipe:
     return parse(TrainRecipe, {"output": str(output), "phases": [phase]}, "recipe")
 
 
+def built(folder: Path, start: str, store: Path, output: Path) -> tuple[TrainRecipe, PreTrainedModel, KeptWords]:
+    """A recipe, its student before training, random or as ``folder`` has it, and the words that this keeps."""
+    given: dict[str, Any] = (
+        {"random": {}, "source": str(folder)} if start == "random" else {"model": {"model": str(folder), "head": "masked_lm"}}
+    )
+    made = recipe(output, store, {**given, "vocabulary": {"rate": 0.3}})
+    before = build(outline(made, made.phases[0]).blueprint, 0).student.model
+    words = kept_words(before)
+    assert words is not None
+    return made, before, words
+
+
+def check_training(made: TrainRecipe) -> None:
+    """The loss falls, and what is left on disk is the student."""
+    run(made, ["tests"])
+    found = json.loads((made.output / "words" / "result.json").read_text())
+    assert found["after"]["loss"] < found["before"]["loss"]
+    again = load_model(ModelSpec.model_validate({"model": str(student_folder(made, "words")), "head": "masked_lm"}))
+    assert again.fingerprint == found["student"]
+
+
 @pytest.mark.parametrize("start", ["random", "model"])
 def test_mobilebert_s_narrow_words_and_trigrams_go_with_fewer_words(
     start: str, many_words: Path, tiny_words: ModuleType, tmp_path: Path
 ) -> None:
     folder = tiny_words.write_model(tmp_path / "mobile", "masked_lm", "mobilebert", embedding_size=6, intra_bottleneck_size=8)
-    given: dict[str, Any] = (
-        {"random": {}, "source": str(folder)} if start == "random" else {"model": {"model": str(folder), "head": "masked_lm"}}
-    )
-    made = recipe(tmp_path / "out", many_words, {**given, "vocabulary": {"rate": 0.3}})
-    before = build(outline(made, made.phases[0]).blueprint, 0).student.model
-    words = kept_words(before)
-    assert words is not None
+    made, before, words = built(folder, start, many_words, tmp_path / "out")
     predictions = before.cls.predictions
     assert before.get_input_embeddings().weight.shape == predictions.decoder.weight.shape == (128, 6)
     assert predictions.decoder.weight is before.get_input_embeddings().weight
@@ -54,34 +70,20 @@ def test_mobilebert_s_narrow_words_and_trigrams_go_with_fewer_words(
     if start == "model":
         whole = load_file(folder / "model.safetensors")
         assert torch.equal(before.cls.predictions.dense.weight, whole["cls.predictions.dense.weight"][:, words.kept])
-    run(made, ["tests"])
-    found = json.loads((made.output / "words" / "result.json").read_text())
-    assert found["after"]["loss"] < found["before"]["loss"]
-    again = load_model(ModelSpec.model_validate({"model": str(student_folder(made, "words")), "head": "masked_lm"}))
-    assert again.fingerprint == found["student"]
+    check_training(made)
 
 
 @pytest.mark.parametrize("start", ["random", "model"])
 def test_electra_s_factorised_words_go_with_fewer_words(start: str, many_words: Path, tiny_words: ModuleType, tmp_path: Path) -> None:
     folder = tiny_words.write_model(tmp_path / "electra", "masked_lm", "electra", embedding_size=6)
-    given: dict[str, Any] = (
-        {"random": {}, "source": str(folder)} if start == "random" else {"model": {"model": str(folder), "head": "masked_lm"}}
-    )
-    made = recipe(tmp_path / "out", many_words, {**given, "vocabulary": {"rate": 0.3}})
-    before = build(outline(made, made.phases[0]).blueprint, 0).student.model
-    words = kept_words(before)
-    assert words is not None
+    made, before, words = built(folder, start, many_words, tmp_path / "out")
     assert before.get_input_embeddings().weight.shape == (128, 6)
     assert before.generator_lm_head.weight is before.get_input_embeddings().weight
     assert before.generator_lm_head.bias.shape == (128,)
     if start == "model":
         whole = load_file(folder / "model.safetensors")
         assert torch.equal(before.generator_lm_head.bias, whole["generator_lm_head.bias"][words.kept])
-    run(made, ["tests"])
-    found = json.loads((made.output / "words" / "result.json").read_text())
-    assert found["after"]["loss"] < found["before"]["loss"]
-    again = load_model(ModelSpec.model_validate({"model": str(student_folder(made, "words")), "head": "masked_lm"}))
-    assert again.fingerprint == found["student"]
+    check_training(made)
 
 
 def test_padding_whose_id_lies_beyond_the_kept_words_starts_as_zeros_and_reaches_the_folder(

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from types import ModuleType
 
 import pytest
+from waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each trial is a process that loads torch
 
@@ -106,8 +107,8 @@ def test_a_killed_sweep_is_ended_by_two_workers_without_doing_anything_twice(
     folder = tmp_path / "killed"
     file = tiny_sweep.write_sweep(folder, sentiment)
     process = tiny_sweep.start(file)
-    tiny_sweep.wait_for(lambda: len(results(folder)) == 1, process)
-    tiny_sweep.wait_for(lambda: bool(interrupted(folder)), process)
+    wait_for(lambda: len(results(folder)) == 1, process)
+    wait_for(lambda: bool(interrupted(folder)), process)
     tiny_sweep.kill(process)
     assert interrupted(folder)
     before = results(folder)
@@ -133,7 +134,7 @@ def test_a_sweep_killed_alone_takes_its_trials_along(tiny_sweep: ModuleType, sen
     search = {"phases.0.steps": [4000]}
     process = tiny_sweep.start(tiny_sweep.write_sweep(tmp_path / "alone", sentiment, search=search, seeds=[0]))
     checkpoints = tmp_path / "alone" / "out" / "trials"
-    tiny_sweep.wait_for(lambda: any(checkpoints.rglob("checkpoint-*")), process)
+    wait_for(lambda: any(checkpoints.rglob("checkpoint-*")), process)
     os.kill(process.pid, signal.SIGKILL)
     tiny_sweep.ended(process)
     nobody_trains(checkpoints)
@@ -146,7 +147,7 @@ def test_a_sweep_that_is_told_to_end_ends_its_trials_first(
     search = {"phases.0.steps": [4000]}
     process = tiny_sweep.start(tiny_sweep.write_sweep(tmp_path / "told", sentiment, search=search, seeds=[0]))
     checkpoints = tmp_path / "told" / "out" / "trials"
-    tiny_sweep.wait_for(lambda: any(checkpoints.rglob("checkpoint-*")), process)
+    wait_for(lambda: any(checkpoints.rglob("checkpoint-*")), process)
     process.send_signal(number)
     code, _, err = tiny_sweep.ended(process)
     assert code == expected
