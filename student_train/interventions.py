@@ -1,6 +1,7 @@
 """Whether teachers answered with what was written into them that their methods expect, and with nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from store.intervention import Intervention
@@ -19,18 +20,24 @@ class Answered(NamedTuple):
 
 
 def check_interventions(
-    phase: PhaseSpec, methods: Sequence[tuple[MethodSpec, Method]], taught: Mapping[DataSpec, Manifest | None], measured: bool
+    phase: PhaseSpec,
+    methods: Sequence[tuple[MethodSpec, Method]],
+    taught: Collection[DataSpec],
+    manifests: Mapping[Path, Manifest | None],
+    measured: bool,
 ) -> None:
-    """Refuse a method that reads a teacher with another intervention than it expects, and metrics that compare with one that has any.
+    """Refuse a method that reads a teacher with another intervention than it expects, and metrics or a probe on one that has any.
 
     Args:
-        taught: Data whose teachers answer the methods; no manifest where the store does not exist yet.
+        taught: Data whose teachers answer the methods.
+        manifests: By store; None where it does not exist yet.
         measured: Whether metrics compare with a teacher.
 
     Raises:
         ValueError: the message says which.
     """
-    for data, manifest in taught.items():
+    for data in taught:
+        manifest = manifests[data.store]
         found = _answered(phase, data, manifest)
         for spec, method in methods:
             read = {key.pass_name for key in method.teacher_keys} if method.several else {spec.teacher or ""} if method.teacher_keys else ()
@@ -42,11 +49,16 @@ def check_interventions(
                 )
             if method.interventions and len({answer.weights for name, answer in found.items() if name in read}) > 1:
                 raise ValueError(f"methods: {spec.name} expects one model that answers with and without an intervention, found several")
-        compared = phase.compared(data)
-        if measured and compared in found and found[compared].intervention is not None:
-            raise ValueError(
-                f"metrics compare with the last teacher, {compared}, which answers with an intervention; name it before the others"
-            )
+    looking = {"metrics compare": phase.evaluate if measured else [], "probe: it compares": [phase.probed] if phase.probed else []}
+    for who, measured_on in looking.items():
+        for data in measured_on:
+            name = phase.compared(data)
+            found = _answered(phase, data, manifests[data.store])
+            if name in found and found[name].intervention is not None:
+                last = f"the last teacher, {name}," if name else "a teacher"
+                raise ValueError(
+                    f"{who} with {last} which answers with an intervention: give it before the others, or the pass without one"
+                )
 
 
 def _answered(phase: PhaseSpec, data: DataSpec, manifest: Manifest | None) -> dict[str, Answered]:

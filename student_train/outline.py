@@ -155,7 +155,7 @@ def _outline(recipe: TrainRecipe, phase: PhaseSpec, folders: Folders) -> Outline
             manifest.rows for data in (*phase.data, *phase.evaluate) if data in taught_by and (manifest := manifests[data.store])
         ]
         check_domains(spec.name, method, taught_rows)
-    check_interventions(phase, methods, {data: manifests[data.store] for data in read if data in taught_by}, bool(measured))
+    check_interventions(phase, methods, [data for data in read if data in taught_by], manifests, bool(measured))
     held_out = manifests.get(phase.meta.store) if phase.meta else None
     check_meta(phase, methods, student, held_out.rows if held_out else None)
     return Outline(phase, blueprint, teachers, methods, keys, taught_by, passes, measured, probe)

@@ -8,14 +8,14 @@ number and scale have gradients of other norms, so the share of the first block 
 from collections.abc import Mapping, Sequence
 from math import ceil
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from student_train.report.colours import PAPER, dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
 from student_train.report.curves import METHODS, Curve, curve
-from student_train.report.drawing import panels
+from student_train.report.drawing import legend, panels
 from student_train.report.runs import Runs
 from student_train.report.section import Picture, Section
 
@@ -88,7 +88,7 @@ def _logit_losses(shown: Sequence[Combination]) -> Picture | None:
     held_out = {_labelled(one, name): _scored(one, name and f"eval_{name}") for one, name in named}
     _lines(axes[0], training, "Logit loss, training")
     _lines(axes[1], held_out, "Logit loss, held-out rows")
-    _legend(figure, axes[0])
+    legend(figure, _drawn(axes[0]))
     return Picture("course-3-4", "The term of the loss that compares logits, on training batches and on held-out rows.", figure)
 
 
@@ -108,7 +108,7 @@ def _norms(shown: Sequence[Combination]) -> Picture | None:
         caption += " Right: that of the first block over that of the last one, which does not grow with the scale of the loss."
     else:
         caption += " With gradient_norms in the recipe, the norms of blocks and terms are measured too."
-    _legend(figure, axes[0])
+    legend(figure, _drawn(axes[0]))
     return Picture("course-5", caption, figure)
 
 
@@ -153,6 +153,6 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _drawn(axes: Axes) -> dict[str, Artist]:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 5))
+    return dict(zip(labels, handles, strict=True))

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter
 
 from student_train.report.colours import dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
-from student_train.report.drawing import panels
+from student_train.report.drawing import legend, panels
 from student_train.report.runs import Phase, Run, Runs
 from student_train.report.section import Picture, Section
 
@@ -178,6 +178,5 @@ def _grid(name: str, said: str, count: int, draw: Callable[[Axes, int], None], l
         if place + columns >= count:
             one.set_xlabel("step")
         known |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    there = [label for label in labels if label in known]
-    figure.legend([known[label] for label in there], there, loc="outside upper left", ncols=min(len(there), METHODS))
+    legend(figure, {label: known[label] for label in labels if label in known})
     return Picture(name, said, figure)

@@ -50,21 +50,24 @@ def disagreements(runs: Runs) -> Section | None:
     apart = np.mean([_apart(one) for side in sides for one in side.seeds], axis=0)
     places = np.argsort(-apart, kind="stable")[:ROWS]
     texts, classes = _texts(first.store, first.rows[places])
+    lacking = () if any(texts) else ("The store isn't here any more, so the rows are without their texts.",)
+    if not runs.texts:
+        texts, lacking = [""] * len(texts), ("The rows' texts were left out when the report was made.",)
     teacher = _said(first.teacher)
     lines = []
     for place, text in zip(places.tolist(), texts, strict=True):
         label = first.labels[place]
+        known = "" if np.isnan(label) else _label(label, classes)
         said = [_answer(teacher[place], classes), *(_answer(side.mean[place], classes) for side in sides)]
-        lines.append((str(first.rows[place]), text, "" if np.isnan(label) else _label(label, classes), *said, f"{apart[place]:.2f}"))
+        lines.append((str(first.rows[place]), *([text] if any(texts) else []), known, *said, f"{apart[place]:.2f}"))
     measure = "distance" if teacher.shape[1] == 1 else "KL"
-    header = ("row", "text", "label", "teacher", *(side.method for side in sides), measure)
+    header = ("row", *(["text"] if any(texts) else []), "label", "teacher", *(side.method for side in sides), measure)
     about = "mean over seeds; KL(teacher || student) in nats" if measure == "KL" else "mean over seeds"
     table = Table(
         f"The {len(lines)} rows furthest apart", header, tuple(lines), f"Probability of the likeliest class ({about}), mean over methods."
     )
     found = [] if measure != "KL" else [_rates(sides)]
     text = f"Split {first.split} of {first.store}, {len(first.rows):,} rows; the best combination of each method."
-    lacking = () if any(texts) else ("The store isn't here any more, so the rows are without their texts.",)
     return Section("Where students and teacher disagree", (text, *lacking), (*found, table))
 
 

@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import matplotlib
 from cycler import cycler
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -63,6 +64,15 @@ def panels(rows: int, columns: int, height: float, width: float = WIDTH) -> tupl
     figure = Figure(figsize=(width, rows * height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     return figure, [axes for row in grid for axes in row]
+
+
+def legend(figure: Figure, known: Mapping[str, Artist]) -> None:
+    """One legend above all panels, of what is drawn by label, in as many columns as the figure is wide."""
+    for columns in range(len(known), 0, -1):
+        made = figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=columns)
+        if columns == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()
 
 
 def svg(figure: Figure, name: str) -> str:

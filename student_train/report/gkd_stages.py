@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from student_train.report.colours import dash, series
 from student_train.report.combinations import Combination, best_of_methods, combinations
 from student_train.report.curves import METHODS, Curve, curve
-from student_train.report.drawing import panels
+from student_train.report.drawing import legend, panels
 from student_train.report.runs import Runs
 from student_train.report.section import Picture, Section, Table
 
@@ -62,7 +62,7 @@ def _draw(found: Mapping[str, Lines]) -> Figure:
             shares = [step / line.steps[-1] for step in line.steps]
             (known[one.method],) = axis.plot(shares, line.values, color=series(number), linestyle=dash(number))
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-    figure.legend(known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 6))
+    legend(figure, known)
     return figure
 
 

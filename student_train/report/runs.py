@@ -89,6 +89,8 @@ class Runs:
     """Held-out score that ranks them."""
     lower: bool
     """Whether less of it is better."""
+    texts: bool = True
+    """Whether the data's texts may be shown."""
 
     @property
     def finished(self) -> list[Run]:
@@ -100,12 +102,13 @@ class Runs:
         return one < other if self.lower else one > other
 
 
-def load(folders: Sequence[Path], metric: str | None = None) -> Runs:
+def load(folders: Sequence[Path], metric: str | None = None, texts: bool = True) -> Runs:
     """The runs in ``folders``: output folders of ``student-train run`` and ``student-train sweep``.
 
     Args:
         metric: Held-out score that ranks them, with a leading minus where lower is better; by default that of the first sweep, or else the
             ``best`` or first of ``metrics`` of the first run.
+        texts: Whether the data's texts may be shown.
 
     Raises:
         ValueError: a folder that is neither, a damaged file in one, or a metric that no finished run has measured.
@@ -129,7 +132,7 @@ def load(folders: Sequence[Path], metric: str | None = None) -> Runs:
     if measured and name not in measured:
         raise ValueError(f"none of the runs has measured {name!r}{did_you_mean(name, measured)}; give --metric another one")
     lower = chosen.startswith("-") or name.rpartition("/")[2] in LOWER_IS_BETTER
-    return Runs(tuple(found), name, lower)
+    return Runs(tuple(found), name, lower, texts)
 
 
 def _metric(run: Run) -> str:

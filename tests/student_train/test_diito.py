@@ -264,6 +264,11 @@ def test_a_pass_with_an_intervention_teaches_no_other_method(folder: Path, tmp_p
     data = {"store": str(folder / "store"), **last}
     with pytest.raises(ValueError, match="metrics compare with the last teacher, counterfactual, which answers with an intervention"):
         run(recipe(folder, tmp_path / "out", data=[data], evaluate=[{**data, "split": "dev"}]), ["test"])
+    alone = {"store": str(folder / "store"), "split": "dev", "pass_name": "swapped"}
+    with pytest.raises(ValueError, match="metrics compare with a teacher which answers with an intervention"):
+        run(recipe(folder, tmp_path / "out", evaluate=[alone]), ["test"])
+    with pytest.raises(ValueError, match="probe: it compares with a teacher which answers with an intervention"):
+        run(recipe(folder, tmp_path / "out", probe={"distances": ["hidden"], "layers": [[2, 4]], "data": alone}), ["test"])
 
 
 def test_activations_that_are_computed_again_would_miss_what_was_written(folder: Path, tmp_path: Path) -> None:

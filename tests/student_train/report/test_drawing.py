@@ -4,9 +4,10 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from student_train.report.colours import ROLES, diverging_map, series
-from student_train.report.drawing import panels, style, svg, svg_file
+from student_train.report.drawing import legend, panels, style, svg, svg_file
 
 
 def drawn(name: str) -> str:
@@ -75,3 +76,18 @@ def test_text_is_readable_on_every_tone_and_series_on_the_page() -> None:
     assert contrast(ROLES["muted"].light, paper.light) >= 4.5
     assert contrast(ROLES["muted"].dark, paper.dark) >= 4.5
     assert series(0) == ROLES["series-0"].light == series(8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"), [(["kd", "pkd"], 2), ([f"method-{number}/a long term" for number in range(13)], 5), (["x" * 300, "y"], 1)]
+)
+def test_a_legend_has_as_many_columns_as_fit(labels: list[str], columns: int) -> None:
+    with style():
+        figure, axes = panels(1, 1, 2.0)
+        legend(figure, {label: axes[0].plot([1, 2], [number, number])[0] for number, label in enumerate(labels)})
+    figure.draw_without_rendering()
+    (made,) = figure.legends
+    assert [text.get_text() for text in made.get_texts()] == labels
+    lefts = {round(text.get_window_extent().x0) for text in made.get_texts()}
+    assert len(lefts) == columns
+    assert columns == 1 or max(text.get_window_extent().x1 for text in made.get_texts()) <= figure.bbox.x1

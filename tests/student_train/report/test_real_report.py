@@ -127,6 +127,18 @@ def test_rows_that_are_furthest_apart_stand_there_with_their_texts(trained: dict
     assert next(row[1] for row in often.rows if row[0] == "task_loss") == f"{np.mean(other):.1f}"
 
 
+def test_texts_can_be_left_out(trained: dict[tuple[str, int], Path], sentiment: Path) -> None:
+    runs, silent = load(list(trained.values())), load(list(trained.values()), texts=False)
+    shown, hidden = disagreements(runs), disagreements(silent)
+    assert shown is not None
+    assert hidden is not None
+    (often, with_texts), (same, without) = shown.tables, hidden.tables
+    assert often == same
+    assert without.header == tuple(name for name in with_texts.header if name != "text")
+    assert without.rows == tuple((row[0], *row[2:]) for row in with_texts.rows)
+    assert "left out" in " ".join(hidden.text)
+
+
 def test_every_term_score_and_norm_has_its_panel(trained: dict[tuple[str, int], Path]) -> None:
     runs = load(list(trained.values()))
 
