@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from online.batch import IGNORED
 from store.features import FeatureKey
@@ -55,6 +55,11 @@ class KeptWords:
         dropped_V[self.kept] = False
         return len(self.places[dropped_V].unique())
 
+    @property
+    def stand_ins(self) -> Tensor:
+        """[V] int64 for each id itself, or the id of the kept word that stands for it."""
+        return self.kept[self.places]
+
     def labels(self, labels_BT: Tensor) -> Tensor:
         """Word labels as places; what is IGNORED stays so. Different words that one kept word stands for become the same label."""
         return torch.where(labels_BT == IGNORED, IGNORED, self.places[labels_BT.clamp(min=0)])
@@ -86,6 +91,22 @@ def read_kept_words(folder: Path) -> KeptWords | None:
     if not in_range or not torch.equal(places[kept], torch.arange(len(kept))) or not 0 <= places.min() <= places.max() < len(kept):
         raise ValueError(f"{path} is damaged: its places do not lead to the words that it keeps; take the folder from where it was made")
     return KeptWords(kept, places)
+
+
+def mapped_by(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> KeptWords:
+    """The map in a student's folder, for rows in which it is applied to the text itself.
+
+    Raises:
+        ValueError: there is none, or it is one of fewer words than ``tokenizer`` has.
+    """
+    words = read_kept_words(folder)
+    if words is None:
+        raise ValueError(f"rows.vocabulary: expected the folder of a student with a smaller vocabulary, found no {FILE} in {folder}")
+    if tokenizer is not None and words.words < (needed := max(tokenizer.get_vocab().values()) + 1):
+        raise ValueError(
+            f"rows.vocabulary: {folder} maps {words.words:,} words, and the tokenizer has {needed:,}: give a student of its own"
+        )
+    return words
 
 
 def words_of(folder: Path) -> int | None:

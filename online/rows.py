@@ -26,6 +26,7 @@ from online.domains import DomainSpec, with_domains
 from online.drafts import Draft
 from online.examples import examples
 from online.fingerprints import tokenizer_fingerprint
+from online.kept_words import mapped_by
 from online.labels import LabelSpec
 from online.masking import Ids, mask_tokens
 from online.packing import documents
@@ -72,6 +73,9 @@ class RowsSpec(Strict):
     """Which tokens make a phrase, for methods that compare phrases."""
     interchange: InterchangeSpec | None = None
     """Rows in pairs that take hidden states of one another, for interventions (DIITO); each masking copy pairs them anew."""
+    vocabulary: Path | None = None
+    """Folder of a student with a smaller vocabulary: each word that it drops is replaced by the one that stands for it, so that teachers
+    read what it reads (an ablation of GLMD)."""
     max_length: int = Field(default=128, ge=2)
     """Longest row in tokens, special tokens included."""
     long: Literal["truncate", "split", "pack"] = "truncate"
@@ -265,7 +269,9 @@ def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
     # rows without these are as they always were
     later = {name for name in ("domain", "phrases", "interchange", "response", "cloze", "chat") if getattr(spec, name) is None}
-    options = spec.model_dump(mode="json", exclude={"sources", *later})
+    options = spec.model_dump(mode="json", exclude={"sources", "vocabulary", *later})
+    if spec.vocabulary is not None:
+        options["vocabulary"] = mapped_by(spec.vocabulary).fingerprint
     return hashlib.sha256(json.dumps([BUILDING, BUCKET, options], sort_keys=True).encode()).hexdigest()
 
 
@@ -284,7 +290,7 @@ def _held_out(record: Record, spec: RowsSpec) -> Record:
 
 
 class _Finish:
-    """Draft -> row: masks, and the count of labelled tokens."""
+    """Draft -> row: masks, the count of labelled tokens, and words that stand for others."""
 
     def __init__(self, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.spec = spec
@@ -297,6 +303,9 @@ class _Finish:
             self.choosable[vocabulary] = True
             self.choosable[tokenizer.all_special_ids] = False
             self.words = np.flatnonzero(self.choosable).astype(np.int32)
+        self.stand_ins: Ids | None = None
+        if spec.vocabulary is not None:
+            self.stand_ins = mapped_by(spec.vocabulary, tokenizer).stand_ins.numpy().astype(np.int32)
 
     def __call__(self, draft: Draft, number_of_copy: int, group: int) -> Row:
         ids, token_labels, labelled = draft.ids, draft.token_labels, 0
@@ -306,6 +315,10 @@ class _Finish:
             labelled = len(ids) - (1 if draft.documents is None else int(draft.documents[-1]) + 1)
         if token_labels is not None:
             labelled = int((token_labels >= 0).sum())
+        if self.stand_ins is not None:
+            ids = self.stand_ins[ids]
+            if token_labels is not None and self.spec.objective != "plain":  # where they are words
+                token_labels = np.where(token_labels < 0, token_labels, self.stand_ins[np.maximum(token_labels, 0)])
         return Row(
             input_ids=ids,
             segments=draft.segments,

@@ -22,6 +22,7 @@ from transformers import (
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -31,7 +32,7 @@ from online.batch import IGNORED, Batch
 from online.models import HEADS
 from store.shape import Head
 
-sys.path.insert(0, str(Path(__file__).parent))  # on_ranks.py is shared
+sys.path.insert(0, str(Path(__file__).parent))  # on_ranks.py and others are shared
 
 VOCAB, PAD, LAYERS = 61, 1, 3
 LENGTHS = (11, 7, 4)
@@ -122,3 +123,17 @@ def lay_out() -> Callable[[str], tuple[Batch, list[Place]]]:
         return Batch(order, ids, mask, None, numbers if packed else None, positions if packed else None, labels, None, order), places
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bert() -> PreTrainedTokenizerFast:
+    from text_rows import bert_tokenizer
+
+    return bert_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def gpt() -> PreTrainedTokenizerFast:
+    from text_rows import gpt_tokenizer
+
+    return gpt_tokenizer()
