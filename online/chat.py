@@ -22,7 +22,7 @@ from online.drafts import Draft
 from store.strict import Strict
 
 if TYPE_CHECKING:
-    from online.rows import RowsSpec
+    from online.rows_spec import RowsSpec
 
 Message = dict[str, str]
 ASSISTANT = "assistant"

@@ -22,7 +22,7 @@ from online.templates import Template
 from store.strict import Strict
 
 if TYPE_CHECKING:
-    from online.rows import RowsSpec
+    from online.rows_spec import RowsSpec
 
 MASK = "mask"
 """Field of a template that stands for the masked word."""

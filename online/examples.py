@@ -22,7 +22,7 @@ from online.phrases import Phrases, Ranges, numbered
 from online.templates import Rendered, Template
 
 if TYPE_CHECKING:
-    from online.rows import RowsSpec
+    from online.rows_spec import RowsSpec
 
 BATCH_RECORDS = 512
 """Records that are tokenised in one call."""

@@ -19,7 +19,7 @@ from online.phrases import Numbers, Phrases, joined, spread
 from online.templates import Template
 
 if TYPE_CHECKING:
-    from online.rows import RowsSpec
+    from online.rows_spec import RowsSpec
 
 Ids = NDArray[np.int32]
 

@@ -10,7 +10,7 @@ import torch
 
 from online.fingerprints import tokenizer_fingerprint
 from online.models import LoadedModel, ModelSpec, load_config, load_model, load_tokenizer, model_shape
-from online.rows import RowsSpec, corpus_fingerprint
+from online.rows_spec import RowsSpec, corpus_fingerprint
 from store.provenance import provenance
 from student_train.held_out_texts import Texts, check_model, check_teacher, read_texts, scores
 from student_train.outline import folder_head

@@ -17,7 +17,8 @@ from online.corpus import read_records
 from online.fingerprints import tokenizer_fingerprint
 from online.kept_words import kept_words
 from online.models import LM_HEADS, LoadedModel, check_length, forward
-from online.rows import RowsSpec, iter_groups, pad_id
+from online.rows import iter_groups, pad_id
+from online.rows_spec import RowsSpec
 from store.rows import Row
 from store.shape import ModelShape
 from student_train.evaluate import BATCH_ROWS

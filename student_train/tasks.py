@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from online.rows import RowsSpec
+from online.rows_spec import RowsSpec
 from store.shape import Head
 from store.strict import did_you_mean, parse, set_by_path
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from online import rows as building
 from online.models import load_tokenizer
+from online.rows_spec import corpus_fingerprint
 from store.manifest import RowsInfo, read_manifest
 from store.provenance import provenance
 from store.reader import Store
@@ -73,7 +74,7 @@ def _rows(recipe: DumpRecipe) -> RowsInfo:
 
 
 def _lacks(recipe: DumpRecipe, rows: RowsInfo) -> bool:
-    return building.corpus_fingerprint(recipe.rows) not in {origin.corpus for origin in rows.origins}
+    return corpus_fingerprint(recipe.rows) not in {origin.corpus for origin in rows.origins}
 
 
 def _built(recipe: DumpRecipe, command: Sequence[str], before: RowsInfo) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from online.batch import bucket
-from online.rows import RowsSpec
+from online.rows_spec import RowsSpec
 from store.features import FeatureKey, FeatureSpec
 from store.shards import CHUNK, Shard, token_chunk
 from store.table import Ints, RowTable

@@ -13,6 +13,7 @@ from online.figures import duration, size
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from online.replica import Replica, joined
+from online.rows_spec import building_fingerprint, corpus_fingerprint
 from store import layout
 from store.errors import FingerprintMismatch, StoreBusy, StoreError
 from store.manifest import Provenance, RowsInfo, read_manifest
@@ -180,7 +181,7 @@ def ensure_rows(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path: Pa
                 raise
     rows = read_manifest(path).rows
     check_building(recipe, tokenizer, path, rows)
-    found = building.corpus_fingerprint(recipe.rows)
+    found = corpus_fingerprint(recipe.rows)
     if found not in (known := [origin.corpus for origin in rows.origins]):
         raise FingerprintMismatch(
             f"{path} was made with another corpus: expected {' or '.join(known)} as stored, found {found}; "
@@ -195,7 +196,7 @@ def check_building(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path:
     for name, found in recipe.rows.model_dump(mode="json").items():
         if name != "sources":
             _compare(path, f"rows.{name}", rows.origins[0].options.get(name), found)
-    _compare(path, "row building version", rows.building, building.building_fingerprint(recipe.rows))
+    _compare(path, "row building version", rows.building, building_fingerprint(recipe.rows))
 
 
 def _compare(path: Path, field: str, stored: object, found: object) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from online.figures import read_bytes
 from online.models import ModelSpec
-from online.rows import RowsSpec
+from online.rows_spec import RowsSpec
 from online.sharding import Sharding
 from store import layout
 from store.features import Compression, StoreDtype

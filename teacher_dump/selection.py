@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online.derive import PAIRWISE
 from online.families import FAMILIES
-from online.rows import RowsSpec
+from online.rows_spec import RowsSpec
 from store.codecs import check_bits, codec_of
 from store.features import MANTISSA, Compression, FeatureKey, StoreDtype, neurons
 from store.forms import word_form

@@ -6,7 +6,7 @@ import pytest
 from text_rows import jsonl, rows, spec, tokens
 from transformers import PreTrainedTokenizerFast
 
-from online.rows import building_fingerprint
+from online.rows_spec import building_fingerprint
 
 
 @pytest.mark.parametrize("long", ["truncate", "split", "pack"])

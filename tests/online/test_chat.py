@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
 from online.collate import collate
-from online.rows import RowsSpec, build_rows, building_fingerprint, iter_groups
+from online.rows import build_rows, iter_groups
+from online.rows_spec import RowsSpec, building_fingerprint
 from store.manifest import Provenance
 from store.reader import Store
 from store.rows import Row

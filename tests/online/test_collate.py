@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from online.batch import BUCKET, IGNORED
 from online.collate import collate, collate_rows
 from online.fingerprints import tokenizer_fingerprint
-from online.rows import RowsSpec, build_rows, building_fingerprint, corpus_fingerprint, iter_groups
+from online.rows import build_rows, iter_groups
+from online.rows_spec import RowsSpec, building_fingerprint, corpus_fingerprint
 from store.errors import StoreError
 from store.manifest import Provenance, Task
 from store.reader import Store

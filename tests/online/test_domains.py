@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from online.batch import Batch
 from online.collate import collate, collate_rows
-from online.rows import RowsSpec, add_rows, build_rows, building_fingerprint, corpus_fingerprint, iter_groups
+from online.rows import add_rows, build_rows, iter_groups
+from online.rows_spec import RowsSpec, building_fingerprint, corpus_fingerprint
 from store.errors import FingerprintMismatch
 from store.manifest import Provenance
 from store.reader import Store

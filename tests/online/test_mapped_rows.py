@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
 from online.kept_words import KeptWords
-from online.rows import building_fingerprint
+from online.rows_spec import building_fingerprint
 
 
 @pytest.fixture
@@ -79,9 +79,7 @@ def test_the_building_fingerprint_is_of_the_map_and_not_of_its_place(tmp_path: P
 
 def test_a_folder_without_a_map_and_a_map_of_fewer_words_are_refused(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     files = jsonl(tmp_path / "a.jsonl", [{"text": TEXT}])
-    with pytest.raises(
-        ValueError, match=r"rows.vocabulary: expected the folder of a student with .*, found no vocabulary"
-    ):
+    with pytest.raises(ValueError, match=r"rows.vocabulary: expected the folder of a student with .*, found no vocabulary"):
         rows(spec(files, vocabulary=str(tmp_path)), bert)
     few = written(tmp_path / "few", vocabulary("the"), {})
     with pytest.raises(ValueError, match=r"rows.vocabulary: .*few maps 58 words, and the tokenizer has \d+: give a student of its own"):

@@ -17,7 +17,8 @@ from online.drafts import Draft
 from online.examples import examples
 from online.packing import documents
 from online.phrases import Phrases, PhraseSpec, numbered
-from online.rows import RowsSpec, iter_groups
+from online.rows import iter_groups
+from online.rows_spec import RowsSpec
 from store.rows import Row
 from store.strict import parse
 

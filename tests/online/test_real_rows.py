@@ -6,7 +6,8 @@ import pytest
 from text_rows import WIC_SPANS, marked, rows
 from transformers import PreTrainedTokenizerFast
 
-from online.rows import RowsSpec, iter_groups
+from online.rows import iter_groups
+from online.rows_spec import RowsSpec
 from store.strict import parse
 
 

@@ -6,7 +6,7 @@ import pytest
 from text_rows import jsonl, rows, spec, tokens
 from transformers import PreTrainedTokenizerFast
 
-from online.rows import RowsSpec
+from online.rows_spec import RowsSpec
 from store.strict import parse
 
 

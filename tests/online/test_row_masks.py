@@ -8,7 +8,7 @@ from text_rows import jsonl, rows, same, spec
 from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
-from online.rows import RowsSpec, building_fingerprint, corpus_fingerprint
+from online.rows_spec import RowsSpec, building_fingerprint, corpus_fingerprint
 from store.strict import parse
 
 

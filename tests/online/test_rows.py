@@ -9,7 +9,8 @@ from text_rows import WIC_SPANS, jsonl, marked, rows, same, spec, tokens
 from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
-from online.rows import RowsSpec, iter_groups
+from online.rows import iter_groups
+from online.rows_spec import RowsSpec
 from store.strict import parse
 
 # Segments and labels

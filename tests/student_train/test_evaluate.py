@@ -21,7 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from online.rows import RowsSpec, iter_groups
+from online.rows import iter_groups
+from online.rows_spec import RowsSpec
 from student_train.cli import main
 
 Lines = list[dict[str, Any]]

@@ -11,7 +11,8 @@ import yaml
 
 from online.kept_words import KeptWords, map_words
 from online.models import ModelSpec, load_model
-from online.rows import RowsSpec, iter_groups
+from online.rows import iter_groups
+from online.rows_spec import RowsSpec
 from student_train.cli import main
 from student_train.vocabulary import take_rows
 
