@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from online.batch import Batch, Features, TopK, Value
+from online.batch import Batch, Features, TopBanded, TopK, Value
 from online.collate import collate
 from online.derive import PAIRWISE, derive
 from online.encode import assemble, encode
@@ -17,6 +17,7 @@ from online.statics import live_statics
 from online.teacher import float_statics
 from online.words import Words
 from store.codecs import feature_spec
+from store.codecs.topk import UNUSED
 from store.features import MANTISSA, FeatureKey, FeatureSpec, StoreDtype
 from store.reader import Store
 from teacher_dump.batches import cut, padded_lengths, whole
@@ -68,7 +69,8 @@ def errors(teacher: TeacherPass, answers: Sequence[Live], specs: Sequence[Featur
     """Feature -> ||found - live|| / ||live||, each number of which is checked to be finite.
 
     What is found is read back from what a store with ``specs`` holds, or derived from it with the shipped weights. Stored
-    features that keep words are left out; of words that are drawn the error is that of the logits which they are drawn by.
+    features that keep words are left out; of likeliest words it is that of their log-probabilities, and of words that are drawn that of
+    the logits which they are drawn by.
 
     Raises:
         ValueError: a stored number would not be finite; names row and feature.
@@ -106,14 +108,16 @@ def _pairs(key: FeatureKey, found: Value, exact: Value, batch: Batch, teacher: T
     """The numbers of both that mean something, in float64; of word logits a few tokens at a time."""
     if isinstance(found, Words) and isinstance(exact, Words):
         yield from ((there.double(), true.double()) for there, true in zip(found.chunks(), exact.chunks(), strict=True))
+    elif isinstance(found, TopK | TopBanded):
+        assert isinstance(exact, TopK | TopBanded)
+        both = (found.log_probs > UNUSED) & (exact.log_probs > UNUSED)  # of nuclei one may need a word more
+        yield found.log_probs[both].double(), exact.log_probs[both].double()
     else:
         yield _numbers(key, found, batch, teacher), _numbers(key, exact, batch, teacher)
 
 
 def _numbers(key: FeatureKey, value: Value, batch: Batch, teacher: TeacherPass) -> Tensor:
     """The numbers of ``value`` that mean something, in float64."""
-    if isinstance(value, TopK):
-        return value.log_probs.double()
     if isinstance(value, Words):
         return value.logits.double()
     assert isinstance(value, Tensor)

@@ -21,7 +21,7 @@ from store import Store
 from store.features import FeatureKey
 from store.forms import word_form
 from student_train.methods import parse_method
-from teacher_dump.records import WORD_ERRORS, read_word_errors
+from teacher_dump.records import ERRORS, WORD_ERRORS, read_word_errors
 from teacher_dump.word_errors import Sums
 
 Run = Callable[..., Outcome]
@@ -113,17 +113,22 @@ def test_plan_run_and_verify_say_how_near_kept_words_come(
         assert float(line[2]) == pytest.approx(recorded[key].error, rel=0.06)
 
 
-def test_what_follows_from_the_store_is_measured_again_from_it_alone(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
-    recipe = write({**masked_recipe, "features": ["head_input@labels", "lm_logits@labels:top2draw3"], "dtype": "float32"})
+@pytest.mark.parametrize("form", ["top4", "top4p9", "top2band3", "draw9", "top2draw3"])
+def test_what_follows_from_the_store_is_measured_again_from_it_alone(
+    form: str, masked_recipe: Tree, write: Write, teacher_dump: Run
+) -> None:
+    key = f"lm_logits@labels:{form}"
+    recipe = write({**masked_recipe, "features": ["head_input@labels", key], "dtype": "float32"})
     assert teacher_dump("run", recipe).code == 0
     store = Path(masked_recipe["store"])
     file = store / "model" / "bert" / WORD_ERRORS
     recorded = read_word_errors(store, "bert")
+    assert json.loads((file.parent / ERRORS).read_text())[key] < 1e-5
     forged = {key: {**value, "error": 77.0} for key, value in json.loads(file.read_text()).items()}
     file.write_text(json.dumps(forged))
     checked = teacher_dump("verify", store)
     assert checked.code == 0, checked.err
     (line,) = table_of(checked.out).values()
     assert line[1] == "derived"
-    assert float(line[2]) == pytest.approx(recorded["lm_logits@labels:top2draw3"].error, rel=0.06)
+    assert float(line[2]) == pytest.approx(recorded[key].error, rel=0.06)
     assert "measuring again" not in checked.out
