@@ -26,16 +26,15 @@ from typing import Any
 
 import yaml
 
-from store.features import FeatureKey
-from store.layout import array_name
 from store.reader import Store
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "decoder"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 TEACHER = "out/decoder/teacher/teacher/student"
-FORMS = {"exact": "teacher", "top64": "words", "draw50": "words", "top12draw20": "words", "top6band12": "words"}
-"""Phase -> the pass whose answers of that form it learns from; the others read none."""
+FORMS = ("top64", "draw50", "top12draw20", "top6band12")
+"""Phases that learn from sparse answers. Each form has a pass of its own here, so that it is stored whatever the teacher's width: all of
+them together follow from what a narrow head multiplies, in fewer bytes."""
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
                 return
             figures["runs"].setdefault(name, {})[str(seed)] = {**train(options.work, phase, seed), "commit": commit()}
             figures["versions"] = {package: version(package) for package in ("torch", "transformers")}
-            figures["bytes_a_token"] = {name: form_bytes(options.work, name) for name in FORMS}
+            figures["bytes_a_token"] = {name: form_bytes(options.work, name) for name in ("exact", *FORMS)}
             options.save.parent.mkdir(parents=True, exist_ok=True)
             options.save.write_text(json.dumps(figures, indent=1) + "\n")
             print(name, seed, {key: round(value, 4) for key, value in figures["runs"][name][str(seed)]["scores"].items()}, flush=True)
@@ -101,8 +100,10 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
     run(work, "teacher", tree)
     config = json.loads((work / TEACHER / "config.json").read_text())
     blocks = f"ship_layers={list(range(2, config['num_hidden_layers'] + 1, 2))}"
-    for name in ("dump", "words"):
-        program(work, "teacher_dump", "run", str(RECIPES / f"{name}.yaml"), *few, *device, blocks)
+    program(work, "teacher_dump", "run", str(RECIPES / "dump.yaml"), *few, *device, blocks)
+    for form in FORMS:
+        one = [f"pass_name={form}", f"features=[lm_logits@labels:{form}]"]
+        program(work, "teacher_dump", "run", str(RECIPES / "words.yaml"), *one, *few, *device, blocks)
     scores: dict[str, float] = json.loads((work / TEACHER / ".." / "result.json").resolve().read_text())["after"]
     return scores
 
@@ -113,6 +114,10 @@ def phases(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     for phase in found:
         phase["student"] = {"layers": "every 2", "source": TEACHER}
         phase["evaluate_rows"] = None
+        if phase["name"] in FORMS:
+            phase["data"], phase["evaluate"] = (
+                [{**data[0], "pass_name": [phase["name"], "teacher"]}] for data in (phase["data"], phase["evaluate"])
+            )
         shared(phase, options)
     return found
 
@@ -140,13 +145,11 @@ def train(work: Path, phase: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - started, 1), "steps": result["steps"], "start": result["start"][:16], "scores": scores}
 
 
-def form_bytes(work: Path, phase: str) -> float | None:
-    """Bytes a labelled token of what ``phase`` learns from, as they lie on the disk; None where it is derived from the head's input."""
+def form_bytes(work: Path, phase: str) -> float:
+    """Bytes a labelled token of what ``phase`` learns from, as they lie on the disk."""
     store = Store.open(work / "out/decoder/features")
-    wanted = "" if phase == "exact" else array_name(FeatureKey.parse(f"lm_logits@labels:{phase}"), "")
-    files = [item for done in store.committed(FORMS[phase]).values() for item in done.files.items()]
-    total = sum(seal.size for name, seal in files if name == wanted or name.startswith(f"{wanted}/" if wanted else ""))
-    return None if not total else round(total / sum(store.manifest.rows.filled.labelled), 1)
+    stored = store.committed("teacher" if phase == "exact" else phase).values()
+    return round(sum(seal.size for done in stored for seal in done.files.values()) / sum(store.manifest.rows.filled.labelled), 1)
 
 
 def load(name: str) -> dict[str, Any]:
