@@ -23,6 +23,7 @@ from student_train.trial import (
     Row,
     begin,
     claim,
+    drop_checkpoints,
     forget_failures,
     is_finished,
     last_lines,
@@ -166,6 +167,8 @@ def _end(sweep: Sweep, study: Study, work: _Work) -> None:
         if code < 0:
             error = f"signal {-code} ({signal.Signals(-code).name}) has killed its process\n{error}".rstrip()
     write_ending(sweep, trial, Ending(code=code, seconds=round(seconds, 3), device=work.device, error=error, pruned=pruned))
+    if is_finished(trial):
+        drop_checkpoints(trial)
     if pruned is not None:
         for other in work.combination.trials[1:]:
             if state(sweep, other) == "open":

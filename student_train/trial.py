@@ -2,7 +2,7 @@
 
 <output>/sweep.yaml            the sweep as it was last started; that the folder is a sweep's
 <output>/recipes/<trial>.yaml  the recipe of a trial as resolved
-<output>/trials/<trial>/       its run (student_train.output)
+<output>/trials/<trial>/       its run (student_train.output), without checkpoints once it is finished
 <output>/logs/<trial>.log      what its processes said
 <output>/claims/<trial>        locked as long as a process works on the trial
 <output>/ended/<trial>.json    how its process ended, and in how many seconds; that it was pruned
@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from store import layout
 from store.publish import make_folder, replace
 from store.strict import Strict, parse
-from student_train.output import RESULT, phase_folder, student_folder
+from student_train.output import CHECKPOINTS, RESULT, phase_folder, student_folder
 from student_train.pruning import best, curve
 from student_train.recipe import PhaseSpec, TrainRecipe
 from student_train.sweep import Sweep, Trial
@@ -105,6 +106,12 @@ def claim(sweep: Sweep, trial: Trial) -> int | None:
 def is_finished(trial: Trial) -> bool:
     """Whether all its phases have their results."""
     return all((phase_folder(trial.recipe, phase.name) / RESULT).is_file() for phase in trial.recipe.phases)
+
+
+def drop_checkpoints(trial: Trial) -> None:
+    """Free what a finished trial went on from: weights and both moments of its optimiser, several times."""
+    for phase in trial.recipe.phases:
+        shutil.rmtree(phase_folder(trial.recipe, phase.name) / CHECKPOINTS, ignore_errors=True)
 
 
 def state(sweep: Sweep, trial: Trial) -> str:

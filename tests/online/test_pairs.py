@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_rows import bert, jsonl  # noqa: F401  (a fixture)
+from text_rows import jsonl
 from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
@@ -47,7 +47,7 @@ def exchanged(rows: list[Row]) -> list[np.ndarray]:
     return [one, rows[0].interchange[one]]
 
 
-def test_each_row_stands_in_one_pair_and_an_odd_one_is_left_out(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_each_row_stands_in_one_pair_and_an_odd_one_is_left_out(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     groups = pairs_of(spec(tmp_path), bert)
     assert [len(rows) for rows in groups] == [2] * 30
     assert [row.group for rows in groups for row in rows] == [number for number in range(30) for _ in range(2)]
@@ -63,7 +63,7 @@ def test_each_row_stands_in_one_pair_and_an_odd_one_is_left_out(tmp_path: Path, 
     assert len({rows[0].draw for rows in groups}) == 30
 
 
-def test_a_stretch_starts_anywhere_in_each_row(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_a_stretch_starts_anywhere_in_each_row(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     groups = pairs_of(spec(tmp_path, texts=801), bert)
     starts: Counter[tuple[int, int, int]] = Counter()
     for rows in groups:
@@ -81,7 +81,7 @@ def test_a_stretch_starts_anywhere_in_each_row(tmp_path: Path, bert: PreTrainedT
 
 
 @pytest.mark.parametrize("most", [None, 2])
-def test_random_and_masked_positions_are_those_alone(tmp_path: Path, bert: PreTrainedTokenizerFast, most: int | None) -> None:  # noqa: F811
+def test_random_and_masked_positions_are_those_alone(tmp_path: Path, bert: PreTrainedTokenizerFast, most: int | None) -> None:
     seen = set()
     for rows in pairs_of(spec(tmp_path, interchange={"positions": "random", "share": 0.5, "most": most}), bert):
         one, other = exchanged(rows)
@@ -96,13 +96,13 @@ def test_random_and_masked_positions_are_those_alone(tmp_path: Path, bert: PreTr
             assert set(places) <= set(of_row)
 
 
-def test_pairs_are_the_same_every_time_however_the_corpus_is_read(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_pairs_are_the_same_every_time_however_the_corpus_is_read(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     first = content(pairs_of(spec(tmp_path), bert))
     assert content(pairs_of(spec(tmp_path), bert, read_rows=7)) == first
     assert content(pairs_of(spec(tmp_path, seed=1), bert)) != first
 
 
-def test_masking_copies_have_partners_positions_and_draws_of_their_own(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_masking_copies_have_partners_positions_and_draws_of_their_own(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     groups = pairs_of(spec(tmp_path, texts=60, copies=3), bert)
     partners, plans = [{}, {}, {}], [{}, {}, {}]
     for one, other in groups:
@@ -120,7 +120,7 @@ def test_masking_copies_have_partners_positions_and_draws_of_their_own(tmp_path:
 
 def test_partners_are_of_one_split_and_close_together(
     tmp_path: Path,
-    bert: PreTrainedTokenizerFast,  # noqa: F811
+    bert: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("online.pairs.WINDOW", 10)
@@ -138,7 +138,7 @@ def test_partners_are_of_one_split_and_close_together(
         assert abs(number[one.record] - number[other.record]) <= 11  # a row that was left out is not counted
 
 
-def test_rows_without_pairs_are_as_they_always_were(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_rows_without_pairs_are_as_they_always_were(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     plain = spec(tmp_path, interchange=None)
     assert building_fingerprint(plain) != building_fingerprint(spec(tmp_path))
     masks = {row.record: row.input_ids.tolist() for (row,) in pairs_of(plain, bert)}
@@ -161,7 +161,7 @@ def test_pairs_that_cannot_be_made_are_refused(tmp_path: Path, options: dict, me
         spec(tmp_path, **options)
 
 
-def test_a_batch_has_plans_where_partners_stand_together(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:  # noqa: F811
+def test_a_batch_has_plans_where_partners_stand_together(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
     groups = pairs_of(spec(tmp_path), bert)
     build_rows(spec(tmp_path), bert, tmp_path / "store", MADE)
     store = Store.open(tmp_path / "store")
@@ -183,7 +183,7 @@ def test_a_batch_has_plans_where_partners_stand_together(tmp_path: Path, bert: P
 
 def test_a_plan_that_lies_is_found_before_it_is_used(
     tmp_path: Path,
-    bert: PreTrainedTokenizerFast,  # noqa: F811
+    bert: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     build_rows(spec(tmp_path), bert, tmp_path / "store", MADE)

@@ -39,8 +39,9 @@ def students(folder: Path) -> dict[str, bytes]:
 
 
 def interrupted(folder: Path) -> set[str]:
-    """Trials with checkpoints and no result."""
-    return {path.parents[2].name for path in (folder / "out" / "trials").glob("*/only/checkpoints/checkpoint-*")} - results(folder).keys()
+    """Trials with checkpoints and no result; those of finished ones may be vanishing."""
+    open_ones = [run for run in (folder / "out" / "trials").iterdir() if run.name not in results(folder)]
+    return {run.name for run in open_ones if any((run / "only" / "checkpoints").glob("checkpoint-*"))}
 
 
 def begun(folder: Path) -> dict[str, int]:
@@ -55,6 +56,7 @@ def test_every_combination_is_trained_with_every_seed_and_ranked(whole: tuple[Pa
         ("kd", 3, "finished"), ("kd", 5, "finished"), ("labels", 3, "finished"), ("labels", 5, "finished"),
     ]  # fmt: skip
     assert len({student for student in students(folder).values()}) == 4
+    assert not list((folder / "out" / "trials").glob("*/only/checkpoints")), "what is finished goes on from nothing"
     for row in rows:
         run = folder / "out" / "trials" / row["trial"]
         result = json.loads((run / "only" / "result.json").read_text())
