@@ -9,7 +9,7 @@ student is begun later than that, and a phase that is interrupted goes on from i
 
 The paper's order (SuperGLUE, Tan et al. 2023, arXiv 2306.06625): GLMD 67.9, with half of the words 67.4, labels added 67.5, MSE in place
 of KL 66.7, masked words alone 66.2, no words in the task stage 64.4. For each student the JSON has held-out scores of all its phases,
-its parameters and bytes, and the seconds of each phase on this machine.
+its parameters and bytes, which held-out rows it gets right, and the seconds of each phase on this machine.
 """
 
 import argparse
@@ -23,9 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from safetensors import safe_open
 from timing import ROOT, machine
+
+from online.collate import collate
+from online.kept_words import read_kept_words
+from online.models import ModelSpec, forward, load_model
+from store.reader import Store
 
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "labels": ("ablations", ("labels",)),
@@ -109,7 +116,22 @@ def student(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
         if not known:
             (folder / "seconds").write_text(f"{time.monotonic() - started:.1f}")
         found[phase] = {**scores(folder), "seconds": float((folder / "seconds").read_text())}
-    return {"phases": found, **size_of(folder / "student")}
+    return {"phases": found, **size_of(folder / "student"), "right": right(options.work / "out/glmd/clozes", folder / "student")}
+
+
+def right(clozes: Path, folder: Path) -> str:
+    """Which held-out rows a student answers rightly, as bits in hexadecimal digits: for paired comparisons."""
+    store, found = Store.open(clozes), []
+    rows = np.array([row for row in range(len(store.rows)) if store.rows.about(row)["split"] == "dev"])
+    model, kept = load_model(ModelSpec(model=folder, head="masked_lm")), read_kept_words(folder)
+    words = torch.tensor(store.manifest.rows.origins[0].options["verbalisers"])
+    columns = words if kept is None else kept.places[words]
+    with torch.no_grad():
+        for some in np.array_split(rows, range(64, len(rows), 64)):
+            batch = collate(store, some)
+            assert batch.token_labels is not None
+            found += forward(model, batch).logits[batch.token_labels >= 0][:, columns].argmax(-1).tolist()
+    return np.packbits(np.array(found) == store.rows.label_at(rows)).tobytes().hex()
 
 
 def cut(recipe: str, output: str, seed: int, steps: int | None, batch_rows: int | None) -> dict[str, Any]:
