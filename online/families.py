@@ -103,16 +103,11 @@ _BERT = Family(
     split=_BERT_SPLIT,
 )
 
-_ROBERTA = Family(
-    block="encoder.layer.{i}",
-    projections=_BERT_PROJECTIONS,
-    heads=ENCODER_HEADS,
-    attention_output="attention.output.dense",
+_ROBERTA = replace(
+    _BERT,
     transform=("lm_head.dense", "lm_head.layer_norm"),
     activation=lambda config: "gelu",
-    segments=True,
     positions_after_padding=True,
-    split=_BERT_SPLIT,
 )
 
 FAMILIES: dict[str, Family] = {

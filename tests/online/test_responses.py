@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from text_rows import gpt_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from online.batch import IGNORED
@@ -30,16 +31,6 @@ def words(around: str = "$A") -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", 3), ("<eos>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows " the" as one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    numbers = {letter: number for number, letter in enumerate([*alphabet, "he", "Ġt", "Ġthe", "<|end|>"])}
-    inner = Tokenizer(models.BPE(numbers, [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
 
 
 def spec(folder: Path, records: list[dict[str, str]], **options: Any) -> RowsSpec:  # noqa: ANN401
@@ -86,7 +77,7 @@ def test_text_behind_the_response_belongs_to_it(tmp_path: Path) -> None:
 
 
 def test_a_token_across_the_border_belongs_to_the_response(tmp_path: Path) -> None:
-    tokenizer = letters()
+    tokenizer = gpt_tokenizer()
     [row] = one(tokenizer, spec(tmp_path, [{"q": "he", "a": "the"}], text="{q} {a}"))
     assert scored(tokenizer, row) == ["Ġthe", "<|end|>"]
 

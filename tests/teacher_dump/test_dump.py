@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_dump import LAYERS, Outcome, Tree, World, files_of, make_tokenizer, stored_bytes
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from online.kept_words import KeptWords
 from store.codecs import decode
 from store.features import FeatureKey
 from store.reader import Store
@@ -165,3 +166,25 @@ def test_batches_do_not_decide_what_is_stored(masked_recipe: Tree, write: Write,
     rows = np.arange(len(stores[0].rows))
     one, many = (store.read(FeatureKey.parse("bert/hidden.1@all"), rows)[""] for store in stores)
     np.testing.assert_allclose(one, many, atol=2e-5)
+
+
+def test_rows_of_kept_words_go_on_with_the_same_map_wherever_it_lies_and_with_no_other(
+    masked_recipe: Tree, write: Write, teacher_dump: Run, tmp_path: Path
+) -> None:
+    words = max(AutoTokenizer.from_pretrained(masked_recipe["teacher"]["model"]).get_vocab().values()) + 1
+    same = torch.arange(words)
+    other = same.clone()
+    other[-1] = words - 2  # the last word is read as the one before it
+    for name, kept, places in (("a", same, same.clone()), ("b", same, same.clone()), ("c", same[:-1], other)):
+        (tmp_path / name).mkdir()
+        KeptWords(kept, places).write(tmp_path / name)
+    recipes = {name: {**masked_recipe, "rows": {**masked_recipe["rows"], "vocabulary": str(tmp_path / name)}} for name in "abc"}
+    assert teacher_dump("rows", write(recipes["a"])).code == 0
+    moved = teacher_dump("rows", write(recipes["b"]))
+    assert moved.code == 0, moved.err
+    changed = teacher_dump("rows", write(recipes["c"]))
+    assert changed.code == 2
+    assert "row building" in changed.err
+    without = teacher_dump("rows", write(masked_recipe))
+    assert without.code == 2
+    assert "rows.vocabulary" in without.err
