@@ -41,6 +41,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no_task_words": ("ablations", ("pretraining", "no_task_words")),
     "mse_task": ("ablations", ("pretraining", "task_words", "mse_task")),
     "hard": ("ablations", ("pretraining", "hard_task_words", "hard")),
+    "no_pad_mask": ("ablations", ("no_pad_mask_pretraining", "no_pad_mask_task_words", "no_pad_mask")),
     "masked": ("ablations", ("masked_pretraining", "masked_task_words", "masked")),
     "mse_words": ("ablations", ("mse_pretraining", "mse_task_words", "mse_words")),
 }
@@ -95,9 +96,12 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     program(options.work, "teacher_dump", "rows", str(recipes / "clozes.yaml"), *few, "teacher.model=teachers/mlm")
     short = [] if options.steps is None else [f"phases.0.steps={options.steps}", "phases.0.epochs=null"]
     program(options.work, "student_train", "run", str(recipes / "teacher.yaml"), *short)
-    program(options.work, "teacher_dump", "run", str(recipes / "clozes.yaml"), *few)
-    few = [f"rows.sources.0.limit={options.text_rows}", f"rows.sources.1.limit={min(options.dev_rows, 200)}"]
-    program(options.work, "teacher_dump", "run", str(recipes / "text.yaml"), *few)
+    few_texts = [f"rows.sources.0.limit={options.text_rows}", f"rows.sources.1.limit={min(options.dev_rows, 200)}"]
+    for name, limits in (("clozes", few), ("text", few_texts)):
+        program(options.work, "teacher_dump", "run", str(recipes / f"{name}.yaml"), *limits)
+        if "no_pad_mask" in options.only:
+            padded = [f"store=out/glmd/{name}_padded", "rows.padding=true"]
+            program(options.work, "teacher_dump", "run", str(recipes / f"{name}.yaml"), *limits, *padded)
     folder = options.work / "out" / "glmd" / "teacher" / "teacher"
     return {**scores(folder), **size_of(folder / "student")}
 

@@ -41,7 +41,8 @@ class Batch:
     segments: Tensor | None
     """[B, T] int64 token types, or None for models and rows without them."""
     documents: Tensor | None
-    """[B, T] int64 number of the packed document inside its row (tokens see only their own), None where rows hold one."""
+    """[B, T] int64 number of the packed document inside its row (tokens see only their own), None where rows hold one. Padding that rows
+    keep is a document of its own that sees the text (online.padded)."""
     position_ids: Tensor | None
     """[B, T] int64, restarting with each packed document; None where rows hold one document."""
     token_labels: Tensor | None

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from online.batch import IGNORED, Batch, bucket
+from online.padded import PADDING
 from store.errors import CorruptShard
 from store.manifest import Task
 from store.pairs import sound, stand_in_pairs
@@ -102,7 +103,7 @@ def _starts(lengths: Ints, documents: NDArray[Any] | None) -> Ints:
     begins = np.zeros(int(lengths.sum()), bool)
     begins[np.cumsum(lengths) - lengths] = True
     if documents is not None:
-        begins[1:] |= documents[1:] != documents[:-1]
+        begins[1:] |= (documents[1:] != documents[:-1]) & (documents[1:] != PADDING)  # which goes on counting its row's positions
     return np.flatnonzero(begins)
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from online.batch import Batch
+from online.padded import PADDING
 from store.shape import ModelShape, Wiring
 
 
 def pair_mask(batch: Batch, shape: ModelShape, layer: int) -> Tensor:
     """Whether a token (second to last dimension) may attend another (last), [B, 1, T, T] bool, in block ``layer`` from 1.
 
-    Padding is attended by none; rows of padding itself may be all False. A causal window counts the token itself, a
-    bidirectional one reaches as many tokens to each side, as in transformers.masking_utils.
+    Padding is attended by none; rows of padding itself may be all False, but padding that a row keeps attends the text. A causal window
+    counts the token itself, a bidirectional one reaches as many tokens to each side, as in transformers.masking_utils.
     """
     place_T = torch.arange(batch.mask.shape[1], device=batch.mask.device)
     back_TT = place_T[:, None] - place_T[None, :]
@@ -28,7 +29,8 @@ def pair_mask(batch: Batch, shape: ModelShape, layer: int) -> Tensor:
         reach_TT = torch.ones_like(back_TT, dtype=torch.bool) if window is None else back_TT.abs() <= window
     pairs_B1TT = reach_TT & batch.mask[:, None, None, :]
     if batch.documents is not None:
-        pairs_B1TT = pairs_B1TT & (batch.documents[:, None, :, None] == batch.documents[:, None, None, :])
+        sees_BT = batch.documents.masked_fill(batch.documents == PADDING, 0)
+        pairs_B1TT = pairs_B1TT & (sees_BT[:, None, :, None] == batch.documents[:, None, None, :])
     return pairs_B1TT
 
 

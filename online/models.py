@@ -310,7 +310,8 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     documents see only themselves.
 
     Raises:
-        ValueError: packed documents for a head that answers for whole rows, for trigrams, or for a custom architecture.
+        ValueError: packed documents, or padding that rows keep, for a head that answers for whole rows, for trigrams, or for a
+            custom architecture.
     """
     model, family, custom = loaded.model, loaded.family, loaded.custom is not None
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
@@ -327,7 +328,10 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
         inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
-            raise ValueError(f"packed documents need a head that answers for tokens of a known family, found {loaded.shape.head}")
+            raise ValueError(
+                "packed documents, and padding that rows keep, need a head that answers for tokens of a known family, "
+                f"found {loaded.shape.head}"
+            )
         kinds = model.config.layer_types if family.windows is typed_windows else None
         additive = model.dtype if model.config._attn_implementation == "eager" else None
         inputs["attention_mask"] = document_masks(batch, loaded.shape, kinds, additive)

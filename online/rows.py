@@ -26,6 +26,7 @@ from online.fingerprints import tokenizer_fingerprint
 from online.kept_words import mapped_by
 from online.masking import Ids, mask_tokens
 from online.packing import documents
+from online.padded import filled
 from online.pairs import paired, planned
 from online.rows_spec import RowsSpec, building_fingerprint
 from store.building import RowWriter
@@ -124,7 +125,7 @@ class _Finish:
     """Draft -> row: masks, the count of labelled tokens, and words that stand for others."""
 
     def __init__(self, spec: RowsSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.spec = spec
+        self.spec, self.pad_id = spec, pad_id(tokenizer)
         if spec.objective == "mlm":
             if tokenizer.mask_token_id is None:
                 raise ValueError("objective mlm needs a mask token, and this tokenizer has none; expected plain or causal")
@@ -150,7 +151,7 @@ class _Finish:
             ids = self.stand_ins[ids]
             if token_labels is not None and self.spec.objective != "plain":  # where they are words
                 token_labels = np.where(token_labels < 0, token_labels, self.stand_ins[np.maximum(token_labels, 0)])
-        return Row(
+        row = Row(
             input_ids=ids,
             segments=draft.segments,
             documents=draft.documents,
@@ -167,6 +168,7 @@ class _Finish:
             domain=draft.record.domain,
             phrases=draft.phrases,
         )
+        return filled(row, self.spec.max_length, self.pad_id) if self.spec.padding else row
 
     def masked(self, draft: Draft, number_of_copy: int) -> tuple[Ids, Ids]:
         """Special and unknown words are never chosen, unless the row holds nothing else."""

@@ -15,6 +15,7 @@ from online.corpus import SourceSpec, read_records
 from online.domains import DomainSpec
 from online.kept_words import mapped_by
 from online.labels import LabelSpec
+from online.padded import padding_problems
 from online.pairs import InterchangeSpec
 from online.phrases import PhraseSpec
 from online.spans import SpanSpec
@@ -59,6 +60,9 @@ class RowsSpec(Strict):
     vocabulary: Path | None = None
     """Folder of a student with a smaller vocabulary: each word that it drops is replaced by the one that stands for it, so that teachers
     read what it reads (an ablation of GLMD)."""
+    padding: bool = False
+    """Rows are filled up to max_length with padding that counts: no token of the text sees it, but it sees the text, and what teachers
+    answer on it is kept and compared like everything else (an ablation of GLMD)."""
     max_length: int = Field(default=128, ge=2)
     """Longest row in tokens, special tokens included."""
     long: Literal["truncate", "split", "pack"] = "truncate"
@@ -115,6 +119,7 @@ class RowsSpec(Strict):
         yield self.copies > 1 and self.objective != "mlm", "copies: only objective mlm has masks that could differ"
         yield len(self.choices) == 1, "choices: expected two or more"
         yield from cloze_problems(self) if self.cloze else ()
+        yield from padding_problems(self) if self.padding else ()
         grouped = bool(self.choices) or self.group is not None
         yield self.interchange is not None and grouped, "interchange: pairs are groups: leave choices and group out"
         masked = self.interchange is not None and self.interchange.positions == "masked"
@@ -178,7 +183,7 @@ def corpus_fingerprint(spec: RowsSpec) -> str:
 def building_fingerprint(spec: RowsSpec) -> str:
     """SHA-256 over everything but the corpus that decides what rows look like and where they lie."""
     # rows without these are as they always were
-    later = {name for name in ("domain", "phrases", "interchange", "response", "cloze", "chat") if getattr(spec, name) is None}
+    later = {name for name in ("domain", "phrases", "interchange", "response", "cloze", "chat", "padding") if not getattr(spec, name)}
     options = spec.model_dump(mode="json", exclude={"sources", "vocabulary", *later})
     if spec.vocabulary is not None:
         options["vocabulary"] = mapped_by(spec.vocabulary).fingerprint

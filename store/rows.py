@@ -59,7 +59,7 @@ class Row:
     segments: NDArray[np.uint8] | None
     """[n] token types."""
     documents: NDArray[np.uint16] | None
-    """[n] number of the packed document that a token belongs to."""
+    """[n] number of the packed document that a token belongs to, 65535 for padding that the row keeps."""
     token_labels: NDArray[np.int32] | None
     """[n] label of each token or -100; only where labels do not follow from the tokens (masked words, token classes)."""
     labelled: int

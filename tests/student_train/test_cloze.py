@@ -84,6 +84,34 @@ def test_losses_and_metrics_are_those_of_the_classes_words_by_hand(store: Path, 
     assert 0 < expected["agreement"] < 1
 
 
+def test_words_on_padding_that_rows_keep_are_learned_too(stores: ModuleType, tmp_path: Path) -> None:
+    store = stores.write_clozes(tmp_path / "padded", padding=True)
+    made = recipe(store, tmp_path / "out", [{"name": "lm_kd", "options": SPARSE}], metrics=["accuracy"])
+    run(made, ["it"])
+    read = Store.open(store)
+    rows = read.rows.select("dev")
+    batch, places = collate(read, rows), 0
+    text = (batch.input_ids != 0).long()
+    assert batch.mask.all()
+    assert 0 < text.sum() < text.numel() == 20 * 16
+    found = []
+    for folder in (student_folder(made, "only"), store.parent / "teacher"):
+        model = AutoModelForMaskedLM.from_pretrained(folder).double().eval()
+        with torch.no_grad():
+            found.append(model(input_ids=batch.input_ids, attention_mask=text).logits)
+    expected = 0.0
+    for z_s, z_t in zip(*(logits.flatten(0, 1) for logits in found), strict=True):  # every place of the padded batch
+        p, q = torch.softmax(z_t / 15, 0), torch.softmax(z_s / 15, 0)
+        expected += 15**2 * float((p * (p / q).log()).sum())
+        places += 1
+    masked = (batch.input_ids == 4).long().argmax(1)
+    good = (found[0][torch.arange(20), masked][:, stores.tokenizer().convert_tokens_to_ids(["bad", "good"])]).argmax(1)
+    labels = torch.from_numpy(read.rows.label[rows]).long()
+    after = result(made)["after"]
+    assert after["lm_kd/words"] == pytest.approx(expected / places, rel=2e-4)
+    assert after["accuracy"] == pytest.approx(float((good == labels).double().mean()))
+
+
 def test_a_masked_language_model_is_tuned_on_labels_and_stays_one(store: Path, tmp_path: Path) -> None:
     start = {"source": str(store.parent / "teacher"), "layers": "every 1"}
     trainer = {**QUIET, "learning_rate": 0.01, "logging_steps": 50}

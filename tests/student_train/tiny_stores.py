@@ -114,8 +114,8 @@ def write_store(folder: Path, head: Head, features: list[str], **rows: object) -
     return folder / "store"
 
 
-def write_clozes(folder: Path) -> Path:
-    """The same with a masked language model, whose rows are clozes."""
+def write_clozes(folder: Path, padding: bool = False) -> Path:
+    """The same with a masked language model, whose rows are clozes; with ``padding`` all of 16 tokens."""
     label = {"column": "label", "classes": ["negative", "positive"]}
     cloze = {"text": "{text} it was {mask}", "cloze": {"words": ["bad", "good"]}, "objective": "mlm"}
-    return write_store(folder, "masked_lm", ["lm_logits@all"], label=label, **cloze)
+    return write_store(folder, "masked_lm", ["lm_logits@all"], label=label, padding=padding, **cloze)
