@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit drills install lock clean
+.PHONY: demo test lint unit quantised drills install lock clean
 
 install: $(VENV)/installed
 
@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python recipes/demo/run.py
 
-test: lint unit
+test: lint unit quantised
 
 lint: install
 	$(BIN)/ruff check .
@@ -31,6 +31,13 @@ lint: install
 # A worker for each core; the tests of a file stay together, since they share what takes long to make.
 unit: install
 	$(BIN)/pytest -n logical --dist loadfile
+
+# transformers imports these wherever they are installed, slowly and with warnings: they lie beside the environment, for their tests alone.
+$(VENV)/quantisers: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
+	touch $@
+quantised: $(VENV)/quantisers
+	PYTHONPATH=$(VENV)/quantisers $(BIN)/pytest tests/online/test_quantised.py
 
 # Hundreds of kills of ranks, full disks and failing file systems: ten to twenty minutes; strace and mounts are used where they are allowed.
 KILLS ?= 300

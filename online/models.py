@@ -201,7 +201,11 @@ def load_model(
     if model.config.pad_token_id is None and spec.head == "classification":
         # transformers refuses batches without one; which token answers for a row is read from the mask all the same
         model.config.pad_token_id = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules, Quantised(model) if is_quantised(model) else weights)
+    quantised = is_quantised(model)
+    loaded = LoadedModel.of(model.eval(), spec.head, tokenizer, spec.modules, Quantised(model) if quantised else weights)
+    if quantised:  # read before it runs: bitsandbytes' 4-bit weights on a CPU answer otherwise after both
+        _ = loaded.fingerprint
+    return loaded
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -310,8 +314,7 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
     documents see only themselves.
 
     Raises:
-        ValueError: packed documents, or padding that rows keep, for a head that answers for whole rows, for trigrams, or for a
-            custom architecture.
+        ValueError: packed documents or kept padding for a head that answers for whole rows, for trigrams, or a custom architecture.
     """
     model, family, custom = loaded.model, loaded.family, loaded.custom is not None
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
@@ -328,10 +331,7 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
         inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
-            raise ValueError(
-                "packed documents, and padding that rows keep, need a head that answers for tokens of a known family, "
-                f"found {loaded.shape.head}"
-            )
+            raise ValueError(f"packed documents and kept padding need a head for tokens of a known family, found {loaded.shape.head}")
         kinds = model.config.layer_types if family.windows is typed_windows else None
         additive = model.dtype if model.config._attn_implementation == "eager" else None
         inputs["attention_mask"] = document_masks(batch, loaded.shape, kinds, additive)

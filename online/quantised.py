@@ -4,6 +4,7 @@ The model runs as transformers quantised it. What ships of its weights (the head
 makes of the unit vectors, whatever its way to keep it.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def quantisation(
         ValueError: an unknown method or option of transformers', or its package is not there.
         ShardingError: it is to be sharded.
     """
-    own = getattr(config, "quantization_config", None)
+    own: Mapping[str, object] | None = getattr(config, "quantization_config", None)
     if not given and own is None:
         return {}
     if given and own is not None:
@@ -41,6 +42,12 @@ def quantisation(
         raise ShardingError(
             f"sharding: {sharding.kind} splits weights as floats, and this teacher's are quantised; expected kind: none, or a folder with "
             "float weights and no quantisation"
+        )
+    if (said := given or own or {}).get("load_in_8bit") and said.get("llm_int8_threshold", 6.0):
+        logging.getLogger(__name__).warning(
+            "bitsandbytes' int8 keeps columns in 16 bits in which any token of a batch is large, so that a row's answers depend on the "
+            "rows beside it and on padding: stored features are not those of the teacher at work. quantisation: {llm_int8_threshold: 0.0} "
+            "makes them a row's own"
         )
     there = {"device_map": {"": device or torch.device("cpu")}}  # some methods cannot be moved once they are loaded
     if not given:
