@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -20,8 +19,6 @@ from online.models import ModelSpec, forward, load_model
 from store.errors import MissingFeature
 from store.reader import Store
 from store.strict import parse
-from student_train.evaluate import HeldOut, held_out_rows
-from student_train.evaluate import batches as measured_in
 from student_train.output import locked, recipe_yaml, student_folder
 from student_train.recipe import TrainRecipe
 from student_train.run import PhaseError, run, smoke
@@ -280,26 +277,6 @@ def test_a_recipe_chooses_and_orders_its_rows(sentiment: Path, tmp_path: Path, c
     other = recipe(tmp_path / "out", {**phase, "data": [{**data, "where": where}]}, store=sentiment)
     with pytest.raises(ValueError, match="data"):
         run(other, ["it"])
-
-
-def test_held_out_rows_are_the_first_of_a_split_and_never_cut_a_group(tiny: ModuleType, tmp_path: Path) -> None:
-    store = tiny.write_rows(tmp_path / "store", rows=12)
-    assert held_out_rows(store, "train", 5).tolist() == [0, 1, 2, 3, 4]
-    assert len(held_out_rows(store, "train", None)) == 12
-    store = tiny.write_rows(tmp_path / "threes", rows=12, group=3)
-    assert held_out_rows(store, "train", 4).tolist() == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        held_out_rows(store, "dev", None)
-
-
-def test_batches_to_measure_on_never_cut_a_group(tiny: ModuleType, tmp_path: Path) -> None:
-    for size in (1, 3, 40):
-        store = tiny.write_rows(tmp_path / f"store-{size}", rows=90, group=size)
-        groups = np.arange(90) // size
-        batches = [rows.tolist() for rows in measured_in(HeldOut(store, np.arange(90), None, False, ""))]
-        assert [row for batch in batches for row in batch] == list(range(90))
-        assert all(len(batch) <= max(32, size) for batch in batches)
-        assert not any(groups[one[-1]] == groups[other[0]] for one, other in pairwise(batches))
 
 
 def test_groups_reach_the_metrics(stores: ModuleType, tmp_path: Path) -> None:
