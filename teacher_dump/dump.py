@@ -13,7 +13,7 @@ from online.figures import duration, size
 from online.fingerprints import tokenizer_fingerprint
 from online.models import load_config, load_tokenizer, model_shape
 from online.replica import Replica, joined
-from online.rows_spec import building_fingerprint, corpus_fingerprint
+from online.rows_spec import RowsSpec, building_fingerprint, corpus_fingerprint
 from store import layout
 from store.errors import FingerprintMismatch, StoreBusy, StoreError
 from store.manifest import Provenance, RowsInfo, read_manifest
@@ -194,7 +194,8 @@ def check_building(recipe: DumpRecipe, tokenizer: PreTrainedTokenizerBase, path:
     """Refuse a recipe that builds rows in another way than the ``rows`` of the store at ``path``; raises FingerprintMismatch."""
     _compare(path, "tokenizer", rows.tokenizer, tokenizer_fingerprint(tokenizer))
     for name, found in recipe.rows.model_dump(mode="json").items():
-        stored = rows.origins[0].options.get(name)
+        usual = RowsSpec.model_fields[name].get_default(call_default_factory=True)  # of an option that is younger than the store
+        stored = rows.origins[0].options.get(name, usual)
         moved = name == "vocabulary" and stored is not None and found is not None  # the fingerprint below says whether it is the same map
         if name != "sources" and not moved:
             _compare(path, f"rows.{name}", stored, found)
