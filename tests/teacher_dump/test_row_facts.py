@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_dump import Outcome, Tree
 
+from store.manifest import Manifest, manifest_bytes, read_manifest
 from store.reader import Store
 
 Run = Callable[..., Outcome]
@@ -64,3 +65,17 @@ def test_a_dump_goes_on_with_the_same_domains_and_phrases_alone(recipe: Tree, wr
         assert f"was made with another {field}" in refused.err
     assert teacher_dump("run", write(recipe)).code == 0
     assert teacher_dump("verify", recipe["store"]).code == 0
+
+
+def test_a_dump_goes_on_with_rows_that_are_older_than_some_options(masked_recipe: Tree, write: Write, teacher_dump: Run) -> None:
+    assert teacher_dump("rows", write(masked_recipe)).code == 0
+    file = Path(masked_recipe["store"]) / "manifest.json"
+    tree = read_manifest(file.parent).model_dump(mode="json")
+    for name in ("domain", "phrases", "interchange", "response", "cloze", "chat", "vocabulary", "padding"):
+        del tree["rows"]["origins"][0]["options"][name]
+    file.write_bytes(manifest_bytes(Manifest.model_validate_json(json.dumps(tree))))
+    refused = teacher_dump("run", write(masked_recipe), "rows.padding=true")
+    assert refused.code == 2
+    assert "was made with another rows.padding: expected False as stored, found True" in refused.err
+    assert teacher_dump("run", write(masked_recipe)).code == 0
+    assert teacher_dump("verify", masked_recipe["store"]).code == 0
