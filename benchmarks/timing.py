@@ -178,6 +178,7 @@ def save(
     if folder is None:
         print(text)
         return
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(text + "\n")
     if panels:
         bars(folder / f"{name}.png", panels, label, mark, ours)
