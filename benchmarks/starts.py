@@ -46,6 +46,8 @@ def main() -> None:
     if options.table:
         table({"2_4_6": json.loads(options.table.read_text())["runs"]["objectives"], **figures["starts"]})
         return
+    if options.data is None or options.work is None:
+        parser.error("to train it takes --data and --work; --table prints what is saved")
     prepare("sst2", options.data, options.work)
     for seed in options.seeds:
         for start in options.starts:

@@ -23,6 +23,11 @@ IGNORED = -100
 """Token label of a token that is scored against nothing."""
 
 
+PADDING = 0xFFFF
+"""Number of the document that kept padding is (online.padded). Packed documents count from 0: only a row of 65,536 documents of one token
+would reach it."""
+
+
 def bucket(length: int) -> int:
     """Padded length of a row of ``length`` tokens."""
     return -(-length // BUCKET) * BUCKET
@@ -68,6 +73,11 @@ class Batch:
 
     verbalisers: Tensor | None = None
     """[C] int64 id of the word that stands for each class, where each row is a cloze with one labelled token; None elsewhere."""
+
+    @property
+    def text(self) -> Tensor:
+        """[B, T] bool: tokens that are not padding, kept or not."""
+        return self.mask if self.documents is None else self.mask & (self.documents != PADDING)
 
     @property
     def lengths(self) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from online.batch import IGNORED, Batch, bucket
-from online.padded import PADDING
+from online.batch import IGNORED, PADDING, Batch, bucket
 from store.errors import CorruptShard
 from store.manifest import Task
 from store.pairs import sound, stand_in_pairs

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from online.batch import Batch
-from online.padded import PADDING
+from online.batch import PADDING, Batch
 from store.shape import ModelShape, Wiring
 
 

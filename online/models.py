@@ -328,7 +328,7 @@ def forward(loaded: LoadedModel, batch: Batch) -> ModelOutput:
         inputs |= {"attention_mask": None, "position_ids": running_positions(batch, model.config)}
     elif not custom:
         positions_BT, pad = token_positions(batch), model.config.pad_token_id
-        inputs["position_ids"] = torch.where(batch.mask, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
+        inputs["position_ids"] = torch.where(batch.text, positions_BT + pad + 1, pad) if family.positions_after_padding else positions_BT
     if batch.documents is not None:
         if custom or loaded.shape.head in ("classification", "multiple_choice"):
             raise ValueError(f"packed documents and kept padding need a head for tokens of a known family, found {loaded.shape.head}")

@@ -1,7 +1,8 @@
 """Rows that keep their padding, so that answers on it can be stored and compared: GLMD without its pad mask (Tan et al. 2023, table 4).
 
 Padding is the document ``PADDING`` of its row. It sees the text and not itself, and no token of the text sees it, as in a batch that
-transformers pads.
+transformers pads. Beyond the window of a block with sliding attention it sees nothing, and its answers are those of the attention's
+implementation.
 """
 
 from dataclasses import replace
@@ -9,16 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from online.batch import IGNORED
+from online.batch import IGNORED, PADDING
 from store.rows import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from online.rows_spec import RowsSpec
-
-PADDING = 0xFFFF
-"""Number of the document that padding is; packed documents count from 0, and a row has at most 65,535 of them."""
 
 
 def filled(row: Row, tokens: int, pad_id: int) -> Row:

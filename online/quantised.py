@@ -46,8 +46,8 @@ def quantisation(
     if (said := given or own or {}).get("load_in_8bit") and said.get("llm_int8_threshold", 6.0):
         logging.getLogger(__name__).warning(
             "bitsandbytes' int8 keeps columns in 16 bits in which any token of a batch is large, so that a row's answers depend on the "
-            "rows beside it and on padding: stored features are not those of the teacher at work. quantisation: {llm_int8_threshold: 0.0} "
-            "makes them a row's own"
+            "rows beside it and on padding: stored features are not those of the teacher at work. llm_int8_threshold: 0.0, in the "
+            "recipe's quantisation or in the folder's config.json, makes them a row's own"
         )
     there = {"device_map": {"": device or torch.device("cpu")}}  # some methods cannot be moved once they are loaded
     if not given:

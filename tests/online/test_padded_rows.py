@@ -8,11 +8,11 @@ import torch
 from text_rows import jsonl, rows, spec
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from online.batch import IGNORED, Batch, dense
+from online.batch import IGNORED, PADDING, Batch, dense
 from online.capture import Capture
 from online.collate import collate_rows
 from online.models import LoadedModel, forward
-from online.padded import PADDING, filled
+from online.padded import filled
 from online.rows_spec import building_fingerprint
 from store.features import FeatureKey
 from store.manifest import Task
@@ -70,7 +70,7 @@ def padded_batch(pad_id: int) -> Batch:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["bert", "electra", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "roberta", "xlm-roberta"])
 def test_answers_on_padding_are_those_of_transformers_on_a_padded_batch(
     name: str, attention: str, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:

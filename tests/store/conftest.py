@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from harm import good_store
 from object_storage import Proxy, environment, new_url, put, s3_server, ship
 from small_store import GROUPS, Made, make_store
 
@@ -25,6 +26,17 @@ def made(_template: Made, tmp_path: Path) -> Made:
     """A small store with a complete pass, to do with as one likes."""
     shutil.copytree(_template.path, tmp_path / "store")
     return Made(tmp_path / "store", _template.rows, copy.deepcopy(_template.values))
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return good_store(tmp_path_factory.mktemp("good") / "store")
+
+
+@pytest.fixture
+def path(good: Made, tmp_path: Path) -> Path:
+    """A good store to do harm to."""
+    return shutil.copytree(good.path, tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

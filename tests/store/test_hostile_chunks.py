@@ -1,7 +1,6 @@
 """Indexes and compressed chunks that lie are refused with a sentence, and other Zarr metadata are found."""
 
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +10,11 @@ import numcodecs
 import numpy as np
 import pytest
 from forge import read_all
-from harm import SPECS, array, good_store, limited, refused, rows
+from harm import SPECS, array, limited, refused, rows
 from small_store import Made
 
 from store import Store, StoreError
 from store.verify import verify
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
 
 
 def raw_chunks(path: Path) -> list[bytes]:

@@ -8,23 +8,10 @@ from pathlib import Path
 import forge
 import pytest
 from forge import Tree, read_all
-from harm import INSTEAD, good_store, limited, nested, refused
-from small_store import Made
+from harm import INSTEAD, limited, nested, refused
 
 from store import StoreError, commits, layout
 from store.verify import verify
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
-
 
 LINES: dict[str, Callable[[Tree], object]] = {
     "a size below nothing": lambda record: record["files"].update({"final/first": [-1, 7]}),

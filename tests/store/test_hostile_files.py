@@ -6,22 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harm import GROUPS, INSTEAD, SPECS, good_store, limited, refused
+from harm import GROUPS, INSTEAD, SPECS, limited, refused
 from small_store import Made, answers, make_store, pass_info
 
 from store import RowWriter, StoreError, StoreWriter
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
-
 
 FILES = {
     "the manifest": "manifest.json",

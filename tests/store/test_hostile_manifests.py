@@ -1,28 +1,15 @@
 """Manifests that lie are refused with a sentence, at once, and without gigabytes."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import forge
 import pytest
 from forge import Tree
-from harm import array, good_store, nested, refused, rows
-from small_store import Made
+from harm import array, nested, refused, rows
 
 from store import Store, layout
 from store.manifest import MOST_BYTES, Filled, Part, manifest_bytes, read_manifest
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
 
 
 def feature(number: int = 0, **change: object) -> Callable[[Tree], object]:

@@ -1,6 +1,5 @@
 """Row tables and addresses that are others are refused with a sentence."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,22 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harm import good_store, refused
-from small_store import Made
+from harm import refused
 
 from store import Store
 from store.publish import file_crc32c
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
 
 
 def parquet(path: Path, change: Callable[[pa.Table], pa.Table], **options: object) -> None:

@@ -1,25 +1,12 @@
 """Manifests that are no sound JSON are refused with a sentence."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import forge
 import pytest
-from harm import good_store, refused
-from small_store import Made
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return good_store(tmp_path_factory.mktemp("good") / "store")
-
-
-@pytest.fixture
-def path(good: Made, tmp_path: Path) -> Path:
-    """A good store to do harm to."""
-    return shutil.copytree(good.path, tmp_path / "store")
+from harm import refused
 
 
 def text_of(path: Path) -> str:
